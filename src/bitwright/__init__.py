@@ -1,0 +1,58 @@
+"""bitwright: post-training quantization of large language models.
+
+    import bitwright
+    bitwright.quantize("demo", "out", method="easyquant", scheme="w4a16g64")
+    bitwright.eval("out", against="demo")
+
+Importing bitwright also teaches `transformers` to load what it makes:
+`AutoModelForCausalLM.from_pretrained("out")`.
+"""
+
+from bitwright.__about__ import __version__
+from bitwright.errors import (
+    BitwrightError,
+    CheckpointError,
+    EvaluationError,
+    FallbackError,
+    FormatError,
+    PlanError,
+    RecipeError,
+    ResumeError,
+    WeightError,
+)
+from bitwright.evaluate import EvalOptions
+from bitwright.evaluate.quality import eval
+from bitwright.generate import generate
+from bitwright.inspect import Inspection, inspect
+from bitwright.pipeline import Summary, quantize
+from bitwright.plan import Plan, plan
+from bitwright.recipe import Method, Recipe, Rule, Scheme
+from bitwright.runtime.huggingface import register
+
+register()
+
+__all__ = [
+    "BitwrightError",
+    "CheckpointError",
+    "EvalOptions",
+    "EvaluationError",
+    "FallbackError",
+    "FormatError",
+    "Inspection",
+    "Method",
+    "Plan",
+    "PlanError",
+    "Recipe",
+    "RecipeError",
+    "ResumeError",
+    "Rule",
+    "Scheme",
+    "Summary",
+    "WeightError",
+    "__version__",
+    "eval",
+    "generate",
+    "inspect",
+    "plan",
+    "quantize",
+]

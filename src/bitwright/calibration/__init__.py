@@ -1,0 +1,1 @@
+"""Calibration: where text and tokens come from, and what is measured on them."""

@@ -1,0 +1,1 @@
+"""Checkpoints: where weights are read from, lazily, and where results are written to, atomically."""

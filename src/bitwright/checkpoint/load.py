@@ -1,0 +1,143 @@
+"""Loading: a MODEL as the user names it -> a `transformers` model in evaluation mode and its tokenizer.
+
+Three ways lead there. A Hugging Face folder or hub id goes through `from_pretrained`. Any other float source
+is read tensor by tensor into memory that the model then owns, so there is one copy of the weights. A folder
+that bitwright wrote goes through `from_pretrained` as well, with bitwright's quantizer registered.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bitwright.checkpoint.quiet import quiet_transformers
+from bitwright.checkpoint.source import HuggingFaceSource, Source, open_source
+from bitwright.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+QUANT_METHOD = "bitwright"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Attributes:
+        model: on the CPU, in evaluation mode.
+        tokenizer: its tokenizer.
+        label: how the user named it.
+        folder: the Hugging Face folder that it comes from; None for a GGUF file or the demo.
+        quantized: bitwright quantized it.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    label: str
+    folder: Path | None
+    quantized: bool
+
+
+def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """The model that `model` names: `demo`, a `.gguf` file, a folder (perhaps quantized) or a hub id.
+
+    Args:
+        model: as for `open_source`, or a folder that bitwright wrote.
+        dtype: of all float weights. Products in bfloat16 are slow on most CPUs.
+
+    Raises:
+        CheckpointError: nothing of that name can be read, or weights or tokenizer are missing.
+    """
+    folder = Path(model)
+    if _is_quantized(folder):
+        from bitwright.runtime.huggingface import register
+
+        register()
+        return LoadedModel(_from_folder(folder, dtype), _tokenizer(folder), model, folder, quantized=True)
+    source = open_source(model)
+    if isinstance(source, HuggingFaceSource):
+        folder = source.folder
+        return LoadedModel(_from_folder(folder, dtype), _tokenizer(folder), model, folder, quantized=False)
+    with tempfile.TemporaryDirectory() as place:
+        source.write_side_files(Path(place))
+        tokenizer = _tokenizer(Path(place))
+    return LoadedModel(_from_source(source, dtype), tokenizer, model, None, quantized=False)
+
+
+def _is_quantized(folder: Path) -> bool:
+    """Whether bitwright wrote the folder; any problem with the file is left to those who need it."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, by name
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
+    return _complete(model, report, str(folder))
+
+
+def _from_source(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a source, which owns the tensors read here."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    weights = {name: source.read(name).to(dtype) for name in source.tensors}
+    # from_pretrained builds on the meta device, ties weights and computes buffers (the RoPE frequencies)
+    with quiet_transformers():
+        config = AutoConfig.for_model(**source.config)
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model, report = kind.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
+    return _complete(model, report, source.label)
+
+
+def _complete(model: Any, report: dict[str, Any], label: str) -> PreTrainedModel:
+    """`model` in evaluation mode; transformers would leave weights that it did not find at random values."""
+    wrong = dict.fromkeys(report["missing_keys"], "is missing")
+    wrong |= {
+        name: f"has shape {list(found)}, needed {list(needed)}" for name, found, needed in report["mismatched_keys"]
+    }
+    if wrong:
+        name = min(wrong)
+        raise CheckpointError(
+            f"{label}: tensor {name} {wrong[name]} ({len(wrong)} such); "
+            "the checkpoint is incomplete or its config.json belongs to another: download it again"
+        )
+    return model.eval()
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{folder}: no tokenizer (needed one of {', '.join(TOKENIZER_FILES)}); "
+            "copy the tokenizer files of the original checkpoint into the folder"
+        )
+    with quiet_transformers():
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {error}") from error

@@ -1,0 +1,182 @@
+"""Sources: where the float weights come from. Headers are read at once, tensors one at a time.
+
+A MODEL is named as users name it: a Hugging Face folder, a hub id, a `.gguf` file, or `demo`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bitwright.checkpoint.shard import TensorInfo, read_header, read_tensor
+from bitwright.errors import CheckpointError
+
+# Everything a tokenizer or a generation loop may need beside the weights.
+SIDE_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class Source(ABC):
+    """A float checkpoint: its config, what tensors it has, and their values on request."""
+
+    label: str
+    """How the user named it."""
+    config: dict[str, Any]
+    """The content of `config.json`."""
+    tensors: Mapping[str, TensorInfo]
+    """Every tensor by checkpoint name, from headers only."""
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """The values of one tensor, in memory of its own.
+
+        Raises:
+            CheckpointError: the tensor is missing or its file is damaged.
+        """
+
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """The files that the values come from; a change of any of them is a change of source."""
+
+    @abstractmethod
+    def write_side_files(self, folder: Path) -> None:
+        """Write tokenizer and generation files (all but `config.json` and weights) into `folder`."""
+
+    def identity(self) -> dict[str, str]:
+        """Size and modification time of every file: what resume compares."""
+        return {path.name: f"{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in self.files()}
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config and tensor headers: names the source in the manifest, independent of place."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode())
+        for name, info in sorted(self.tensors.items()):
+            digest.update(f"{name} {info.shape} {info.dtype}\n".encode())
+        return digest.hexdigest()
+
+
+class HuggingFaceSource(Source):
+    """A folder with `config.json` and safetensors weights, sharded or not."""
+
+    def __init__(self, folder: Path, label: str | None = None):
+        """Read config and headers; CheckpointError where they are damaged or already quantized."""
+        self.folder = folder
+        self.label = label or str(folder)
+        self.config = _read_json(folder / "config.json", "a Hugging Face folder has one")
+        if "quantization_config" in self.config:
+            method = self.config["quantization_config"].get("quant_method", "unknown")
+            raise CheckpointError(f"{folder}: already quantized ({method}); start from the float checkpoint instead")
+        self._place = _locate_tensors(folder)
+        self.tensors = {name: info for name, (_, info) in self._place.items()}
+
+    def read(self, name: str) -> Tensor:
+        """See `Source.read`."""
+        if name not in self._place:
+            raise CheckpointError(f"{self.folder}: no tensor {name}")
+        path, info = self._place[name]
+        return read_tensor(path, name, info)
+
+    def files(self) -> list[Path]:
+        """See `Source.files`."""
+        return [self.folder / "config.json", *sorted({path for path, _ in self._place.values()})]
+
+    def write_side_files(self, folder: Path) -> None:
+        """See `Source.write_side_files`."""
+        for pattern in SIDE_FILES:
+            for path in sorted(self.folder.glob(pattern)):
+                if path.is_file() and not path.name.endswith(".gguf"):
+                    shutil.copyfile(path, folder / path.name)
+
+
+def _locate_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
+    """Every tensor's file and header entry; the index and the shards must agree."""
+    index_path = folder / "model.safetensors.index.json"
+    if not index_path.exists():
+        single = folder / "model.safetensors"
+        if not single.exists():
+            raise CheckpointError(
+                f"{folder}: neither model.safetensors nor model.safetensors.index.json found; "
+                "convert older .bin weights with transformers' save_pretrained first"
+            )
+        return {name: (single, info) for name, info in read_header(single)[0].items()}
+    weight_map = _read_json(index_path, "it lists the shards").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index_path}: no weight_map")
+    headers = {}
+    for file_name in sorted(set(weight_map.values())):
+        path = folder / file_name
+        if path.resolve().parent != folder.resolve() and not path.is_symlink():
+            raise CheckpointError(f"{index_path}: shard {file_name!r} lies outside the folder")
+        if not path.exists():
+            raise CheckpointError(f"{path}: missing, but the index names it; download the checkpoint again")
+        headers[file_name] = read_header(path)[0]
+    place = {}
+    for name, file_name in weight_map.items():
+        if name not in headers[file_name]:
+            raise CheckpointError(f"{folder / file_name}: no tensor {name}, but the index places it there")
+        place[name] = (folder / file_name, headers[file_name][name])
+    return place
+
+
+def _read_json(path: Path, why: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing; {why}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds {type(content).__name__}, needed an object")
+    return content
+
+
+def open_source(model: str) -> Source:
+    """The source that `model` names: `demo`, a `.gguf` file, a folder, or a hub id (`owner/name`).
+
+    Raises:
+        CheckpointError: nothing of that name can be read; the message lists what was tried.
+    """
+    if model == "demo":
+        from bitwright.checkpoint.demo import DemoSource
+
+        return DemoSource()
+    path = Path(model)
+    if path.suffix == ".gguf":
+        from bitwright.checkpoint.gguf import GgufSource
+
+        return GgufSource(path)
+    if path.is_dir():
+        return HuggingFaceSource(path)
+    if path.exists():
+        raise CheckpointError(f"{model}: a file, but not a .gguf; name the folder that holds config.json")
+    if _HUB_ID.fullmatch(model):
+        return HuggingFaceSource(_download(model), label=model)
+    raise CheckpointError(f"{model}: not found; needed a folder, a .gguf file, a hub id (owner/name) or 'demo'")
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(hub_id, allow_patterns=["config.json", "*.safetensors*", *SIDE_FILES])
+    except Exception as error:
+        raise CheckpointError(
+            f"{hub_id}: no such folder here, and the hub gave {type(error).__name__}: {error}"
+        ) from error
+    return Path(folder)

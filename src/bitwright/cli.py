@@ -1,0 +1,170 @@
+"""The command line: parse, make one call into the library, show the result.
+
+Exit status: 0 done, 1 a bug, 2 a deliberate refusal (see `bitwright.errors`), 3 damaged files found by
+`inspect --verify`, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import bitwright
+from bitwright import console as show
+from bitwright.calibration.text import Layout
+from bitwright.checkpoint.source import open_source
+from bitwright.errors import BitwrightError
+from bitwright.evaluate import EvalOptions
+from bitwright.evaluate.perplexity import Protocol
+from bitwright.machine import estimate
+from bitwright.plan import make_plan
+from bitwright.recipe import load_method, method_names, resolve_recipe
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Quantize large language models after training, and prove how good the result is.",
+)
+
+ModelArgument = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, a .gguf file, or 'demo'.")]
+MethodOption = Annotated[str | None, typer.Option("--method", "-m", help="A preset; see 'bitwright methods'.")]
+SchemeOption = Annotated[str | None, typer.Option("--scheme", "-s", help="Such as w4a16g64 or w3a16g128-sym.")]
+RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="A TOML recipe instead of method and scheme.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a field: key=value. Repeatable.")]
+WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Threads; default: all processors.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+
+
+@app.command()
+def methods() -> None:
+    """List the methods that ship with bitwright."""
+    for name in method_names():
+        show.console.print(f"[bold]{name}[/]  {load_method(name).summary}", highlight=False)
+
+
+@app.command()
+def plan(
+    model: ModelArgument,
+    method: MethodOption = None,
+    scheme: SchemeOption = None,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    workers: WorkersOption = None,
+    rows: Annotated[bool, typer.Option("--rows", help="One line per tensor, blocks not folded.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Show what quantizing would do, without reading any weight."""
+    made = make_plan(open_source(model), resolve_recipe(method, scheme, recipe, overrides or ()))
+    needs = estimate(made, workers)
+    show.show_plan(made, needs, rows)
+    _write_json(json_file, made.to_json() | {"estimate": vars(needs)})
+
+
+@app.command()
+def quantize(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to make; must not exist.")],
+    method: MethodOption = None,
+    scheme: SchemeOption = None,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    workers: WorkersOption = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run in this folder.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Quantize a model; a run that was stopped continues when started again."""
+    with show.progress_bar("quantizing") as bar:
+        summary = bitwright.quantize(
+            model,
+            out,
+            method=method,
+            scheme=scheme,
+            recipe=recipe,
+            overrides=overrides or (),
+            workers=workers,
+            restart=restart,
+            progress=lambda what, done, total: bar.update(bar.task_ids[0], completed=done, total=total, what=what),
+        )
+    show.show_summary(summary)
+    _write_json(json_file, summary.to_json())
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArgument,
+    against: Annotated[str | None, typer.Option(help="The float model to compare with.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Evaluation text; default: built in.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="At most so many windows.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
+    protocol: Annotated[Protocol, typer.Option(help="How windows are cut from the text.")] = "gptq",
+    layout: Annotated[Layout, typer.Option(help="How a text file becomes one text.")] = "auto",
+    json_file: JsonOption = None,
+) -> None:
+    """Measure perplexity and, with --against, the distance to the float model."""
+    options = EvalOptions(windows=windows, length=length, protocol=protocol)
+    with show.progress_bar("evaluating") as bar:
+        evaluation = bitwright.eval(
+            model,
+            against=against,
+            text=text,
+            layout=layout,
+            options=options,
+            progress=lambda done, total: bar.update(bar.task_ids[0], completed=done, total=total),
+        )
+    show.show_evaluation(model, evaluation)
+    _write_json(json_file, evaluation.to_json())
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A folder that quantize made.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every file against the manifest.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Show what a quantized folder holds."""
+    found = bitwright.inspect(folder, verify=verify)
+    show.show_inspection(found)
+    _write_json(json_file, found.to_json())
+    if found.complaints:
+        raise typer.Exit(3)
+    if verify:
+        show.console.print(f"{len(found.manifest['files'])} files agree with the manifest.")
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 32,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")] = False,
+) -> None:
+    """Continue a prompt, greedily."""
+    result = bitwright.generate(model, prompt, tokens=tokens, chat=chat)
+    show.console.print(result.text, highlight=False, markup=False)
+    show.error_console.print(f"[dim]{result.tokens} tokens in {result.seconds:.1f} s[/]")
+
+
+def _write_json(path: Path | None, content: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Entry point of the `bitwright` command."""
+    try:
+        app()
+    except BitwrightError as error:
+        show.error_console.print(f"[bold red]{type(error).__name__}[/]", highlight=False, end=": ")
+        show.error_console.print(str(error), highlight=False, markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        show.error_console.print("interrupted; run the same command again to continue")
+        sys.exit(130)
+    except OSError as error:
+        show.error_console.print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
+        sys.exit(2)

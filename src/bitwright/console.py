@@ -1,0 +1,178 @@
+"""What the command line shows: tables of plans, summaries, evaluations; progress with time left."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bitwright.evaluate import Evaluation
+from bitwright.inspect import Inspection
+from bitwright.machine import Estimate
+from bitwright.pipeline import Summary
+from bitwright.plan import Plan, Row
+
+# Without a terminal there is no width to ask for; tables in logs should not be folded.
+console = Console(width=None if sys.stdout.isatty() else 140)
+error_console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
+
+
+def size(nbytes: float) -> str:
+    """Bytes as people read them, decimal units."""
+    for unit in ("B", "kB", "MB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Progress]:
+    """A bar with time elapsed and left; silent when the output is not a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[what]}"),
+    )
+    with Progress(*columns, console=error_console, disable=not error_console.is_terminal) as progress:
+        progress.add_task(description, total=None, what="")
+        yield progress
+
+
+def show_plan(plan: Plan, needs: Estimate, every_row: bool) -> None:
+    """One line per kind of tensor (or per tensor), totals, and what the job will need."""
+    table = Table(title=f"{plan.source}: {plan.bits_per_weight:.3f} bits per quantized weight (expected)")
+    for heading in ("tensor", "shape", "rule", "becomes"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("tensors", "bits", "size"):
+        table.add_column(heading, justify="right")
+    for label, rows in _grouped(plan, every_row).items():
+        nbytes, weights = sum(row.bytes for row in rows), sum(row.weights for row in rows)
+        shape = "x".join(map(str, rows[0].shape))
+        bits = f"{8 * nbytes / weights:.3f}" if weights else ""
+        table.add_row(label, shape, rows[0].rule, _becomes(rows[0]), str(len(rows)), bits, size(nbytes))
+    console.print(table)
+    console.print(
+        f"{size(plan.source_bytes)} become {size(plan.bytes)}. Expected here with {needs.workers} workers: "
+        f"{duration(needs.seconds)}, peak memory {size(needs.peak_rss_bytes)}, disk {size(needs.disk_bytes)}."
+    )
+
+
+def _grouped(plan: Plan, every_row: bool) -> dict[str, list[Row]]:
+    """Rows by what is shown on one line: equal tensors of all blocks fold into one unless `every_row`."""
+    groups: dict[str, list[Row]] = {}
+    prefix = plan.adapter.blocks + "."
+    counts: dict[tuple[str, ...], str] = {}
+    for row in plan.rows():
+        label = row.tensor.removesuffix(".weight")
+        if not every_row and label.startswith(prefix):
+            label = f"every block: {label[len(prefix) :].partition('.')[2]}"
+        key = (label, str(row.shape), row.rule, _becomes(row))
+        shown = counts.setdefault(key, label if label not in groups else f"{label} ({len(groups)})")
+        groups.setdefault(shown, []).append(row)
+    return groups
+
+
+def _becomes(row: Row) -> str:
+    if row.action == "quantize" and row.spec is not None and row.method is not None:
+        return f"{row.method.name} {row.spec.label()}"
+    return "tied" if row.stored_dtype is None else f"kept, {str(row.stored_dtype).removeprefix('torch.')}"
+
+
+def show_summary(summary: Summary) -> None:
+    """What quantizing made."""
+    quantized = [record for record in summary.records if record["action"] == "quantize"]
+    table = Table(title=f"{summary.out}")
+    for heading in ("tensors", "bits per weight", "size", "worst SQNR", "outliers", "seconds", "peak memory"):
+        table.add_column(heading, justify="right")
+    measured = [(record["sqnr_db"], record["tensor"]) for record in quantized if record["sqnr_db"] is not None]
+    worst = min(measured, default=None)
+    weights = sum(record["shape"][0] * record["shape"][1] for record in quantized)
+    outliers = sum(record["outliers"] for record in quantized)
+    table.add_row(
+        f"{len(quantized)} of {len(summary.records)}",
+        f"{summary.bits_per_weight:.3f}",
+        size(summary.bytes),
+        "exact" if worst is None else f"{worst[0]:.2f} dB {worst[1]}",
+        f"{outliers} ({100 * outliers / max(weights, 1):.2f} %)",
+        f"{summary.seconds:.1f}",
+        size(summary.peak_rss_bytes),
+    )
+    console.print(table)
+    fallbacks = [record["tensor"] for record in quantized if record["fallbacks"]]
+    if fallbacks:
+        console.print(f"[bold red]{len(fallbacks)} fallbacks[/]: {', '.join(fallbacks[:5])}")
+    if summary.resumed_shards:
+        console.print(f"{summary.resumed_shards} shards were already done.")
+
+
+def show_evaluation(model: str, evaluation: Evaluation) -> None:
+    """The quality of a model, one measure per line."""
+    table = Table(title=model, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for label, text in evaluation_lines(evaluation):
+        table.add_row(label, text)
+    console.print(table)
+
+
+def evaluation_lines(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """(measure, value) pairs of what was measured."""
+    values = evaluation.to_json()
+    low, high = values["delta_ln_ppl_low"], values["delta_ln_ppl_high"]
+    interval = "" if low is None or high is None else f" [{low:.4f}, {high:.4f}]"
+    shown: list[tuple[str, str, Callable[[Any], str]]] = [
+        ("size on disk", "bytes", size),
+        ("bits per weight", "bits_per_weight", "{:.3f}".format),
+        ("perplexity", "perplexity", "{:.4f}".format),
+        ("float perplexity", "float_perplexity", "{:.4f}".format),
+        ("ln perplexity difference [95 %]", "delta_ln_ppl", lambda value: f"{value:.4f}{interval}"),
+        ("mean KL (nats)", "kl_mean_nats", "{:.5f}".format),
+        ("p99 KL (nats)", "kl_p99_nats", "{:.4f}".format),
+        ("top-1 agreement", "top1_agreement", "{:.2%}".format),
+        ("protocol", "protocol", str),
+        ("windows", "windows", str),
+        ("seconds", "seconds", "{:.1f}".format),
+    ]
+    return [(label, show(values[key])) for label, key, show in shown if values[key] is not None]
+
+
+def show_inspection(inspection: Inspection) -> None:
+    """What a quantized folder holds."""
+    if inspection.complaints:
+        for complaint in inspection.complaints:
+            console.print(f"[bold red]damaged[/] {complaint}")
+        return
+    manifest = inspection.manifest
+    table = Table(title=f"{inspection.folder}: made from {manifest['source_label']}")
+    for heading in ("tensor", "spec"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("bits", "outliers", "SQNR dB"):
+        table.add_column(heading, justify="right")
+    for record in manifest["tensors"]:
+        if record["action"] != "quantize":
+            continue
+        weights = record["shape"][0] * record["shape"][1]
+        sqnr = "exact" if record["sqnr_db"] is None else f"{record['sqnr_db']:.2f}"
+        module = record["tensor"].removesuffix(".weight")
+        spec = inspection.entries[module].spec.label()
+        table.add_row(module, spec, f"{8 * record['bytes'] / weights:.3f}", str(record["outliers"]), sqnr)
+    console.print(table)
+    console.print(f"{size(inspection.bytes)} of weights, {inspection.bits_per_weight:.3f} bits per quantized weight.")

@@ -1,0 +1,53 @@
+"""Every error that bitwright raises on purpose, in one tree.
+
+    BitwrightError
+    ├── RecipeError       a recipe, scheme, method or override that cannot mean anything
+    ├── PlanError         a recipe that cannot be applied to this checkpoint on this machine
+    ├── CheckpointError   a source checkpoint that is missing, truncated, corrupt or inconsistent
+    ├── WeightError       weights that cannot be quantized (NaN, Inf, out of the scale's range)
+    ├── FormatError       a quantized artefact that does not follow its byte specification
+    ├── ResumeError       an output folder that belongs to another job
+    ├── FallbackError     more fallbacks than the recipe allows
+    └── EvaluationError   a measurement that would not mean what it claims
+
+A message says four things: which tensor, file or key; what was found; what was needed; what to do about it.
+The command line prints the message and exits with status 2; a bug keeps its traceback and exits with 1.
+"""
+
+from __future__ import annotations
+
+
+class BitwrightError(Exception):
+    """Root of all deliberate errors."""
+
+
+class RecipeError(BitwrightError):
+    """A recipe, scheme, method or override that cannot mean anything."""
+
+
+class PlanError(BitwrightError):
+    """A recipe that cannot be applied to this checkpoint on this machine."""
+
+
+class CheckpointError(BitwrightError):
+    """A source checkpoint that is missing, truncated, corrupt or inconsistent."""
+
+
+class WeightError(BitwrightError):
+    """Weights that cannot be quantized: NaN, Inf, or outside the range of the stored scale."""
+
+
+class FormatError(BitwrightError):
+    """A quantized artefact that does not follow its byte specification."""
+
+
+class ResumeError(BitwrightError):
+    """An output folder that belongs to another job."""
+
+
+class FallbackError(BitwrightError):
+    """More fallbacks than the recipe allows."""
+
+
+class EvaluationError(BitwrightError):
+    """A measurement that would not mean what it claims."""

@@ -1,0 +1,159 @@
+"""Evaluation: perplexity, distance to the float model, and how sure the numbers are.
+
+`evaluate_model` measures one model on one text. Given the float model as `reference`, it also measures the
+distance to it on the same tokens, the primary measure of a quantized model.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bitwright.calibration.text import Text
+from bitwright.evaluate.divergence import Divergence, compare
+from bitwright.evaluate.perplexity import (
+    Model,
+    Progress,
+    Protocol,
+    Windows,
+    compare_protocols,
+    perplexity_of,
+    token_windows,
+    window_losses,
+)
+from bitwright.evaluate.statistics import paired_interval
+
+__all__ = [
+    "Divergence",
+    "EvalOptions",
+    "Evaluation",
+    "Windows",
+    "compare",
+    "compare_protocols",
+    "evaluate_model",
+    "paired_interval",
+    "perplexity_of",
+    "token_windows",
+    "window_losses",
+]
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What to measure on: the first `windows` windows (None: all) of `length` tokens, by `protocol`."""
+
+    windows: int | None = 8
+    length: int = 2048
+    protocol: Protocol = "gptq"
+
+
+_DEFAULTS = EvalOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The numbers of one evaluation; what was not measured is None.
+
+    KL is in nats per token and `delta_ln_ppl` = ln(perplexity / float_perplexity), with its paired 95 %
+    bootstrap interval over windows (None below 6 windows). `top1_lost` and `top1_gained` count tokens
+    whose first-ranked token is right only in the float model, and only in this one. `seconds` is the time
+    of the measurement and `peak_rss_bytes` the peak of the process so far. `bits_per_weight` and `bytes`
+    are the caller's, counted from the bytes written.
+    """
+
+    perplexity: float
+    float_perplexity: float | None = None
+    kl_mean_nats: float | None = None
+    kl_median_nats: float | None = None
+    kl_p90_nats: float | None = None
+    kl_p99_nats: float | None = None
+    kl_p999_nats: float | None = None
+    kl_max_nats: float | None = None
+    top1_agreement: float | None = None
+    top1_lost: int | None = None
+    top1_gained: int | None = None
+    delta_ln_ppl: float | None = None
+    delta_ln_ppl_low: float | None = None
+    delta_ln_ppl_high: float | None = None
+    bits_per_weight: float | None = None
+    bytes: int | None = None
+    windows: int
+    length: int
+    dropped_tokens: int
+    protocol: str
+    seconds: float
+    peak_rss_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field under its name, in the order of the class; None becomes null."""
+        return asdict(self)
+
+
+def evaluate_model(
+    model: Model,
+    tokenizer: Any,
+    text: Text,
+    *,
+    reference: Model | None = None,
+    options: EvalOptions = _DEFAULTS,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure `model` on `text`, and its distance to `reference` where one is given.
+
+    Models take ids [1, tokens] and return logits [1, tokens, vocabulary], or an object that has `.logits`.
+    `progress(done, total)` counts windows. Raises EvaluationError where the text is too short, the logits
+    are not finite, or the two vocabularies differ.
+    """
+    started = time.perf_counter()
+    windows = token_windows(tokenizer, text, options.length, options.windows, options.protocol)
+    if reference is None:
+        losses = window_losses(model, windows, progress)
+        distance: dict[str, Any] = {}
+    else:
+        divergence = compare(model, reference, windows, progress)
+        losses = divergence.losses
+        distance = _distance(divergence)
+    return Evaluation(
+        perplexity=perplexity_of(losses),
+        windows=windows.count,
+        length=windows.length,
+        dropped_tokens=windows.dropped_tokens,
+        protocol=windows.protocol,
+        seconds=time.perf_counter() - started,
+        peak_rss_bytes=peak_rss_bytes(),
+        **distance,
+    )
+
+
+def peak_rss_bytes() -> int | None:
+    """Peak resident memory of this process in bytes; None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _distance(divergence: Divergence) -> dict[str, Any]:
+    median, p90, p99, p999 = divergence.kl_quantiles((0.5, 0.9, 0.99, 0.999))
+    lost, gained = divergence.flips
+    differences = divergence.losses - divergence.reference_losses
+    interval = paired_interval(differences)
+    return {
+        "float_perplexity": perplexity_of(divergence.reference_losses),
+        "kl_mean_nats": divergence.kl_mean,
+        "kl_median_nats": median,
+        "kl_p90_nats": p90,
+        "kl_p99_nats": p99,
+        "kl_p999_nats": p999,
+        "kl_max_nats": divergence.kl_max,
+        "top1_agreement": divergence.top1_agreement,
+        "top1_lost": lost,
+        "top1_gained": gained,
+        "delta_ln_ppl": float(differences.mean()),
+        "delta_ln_ppl_low": interval[0] if interval else None,
+        "delta_ln_ppl_high": interval[1] if interval else None,
+    }

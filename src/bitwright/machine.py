@@ -1,0 +1,123 @@
+"""What this machine has and what a job will need of it: memory, disk, time."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bitwright.errors import PlanError
+from bitwright.execute.local import default_workers
+from bitwright.numeric.outliers import NoOutliers
+from bitwright.plan import Plan, Row
+from bitwright.rounding.nearest import CHUNK_WEIGHTS, quantize_nearest
+
+# Seconds per byte of reading, hashing and syncing, on a plain disk of 1 GB/s: only matters beside fast methods.
+_SECONDS_PER_BYTE = 1e-9
+_TRIAL_ROWS_BYTES = 4 * CHUNK_WEIGHTS
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan will need, before it starts."""
+
+    seconds: float
+    peak_rss_bytes: int
+    disk_bytes: int
+    workers: int
+
+
+def estimate(plan: Plan, workers: int | None = None) -> Estimate:
+    """Needs of `plan` on this machine.
+
+    Time comes from quantizing a small random tile with each distinct method and spec, right now, so it
+    follows the processor and its load; memory is counted from the plan's largest tensors.
+    """
+    workers = workers or default_workers()
+    speed: dict[str, float] = {}
+    seconds = 0.0
+    for row in plan.rows():
+        seconds += row.source_bytes * _SECONDS_PER_BYTE
+        if row.action == "quantize" and row.spec is not None and row.method is not None:
+            key = f"{row.spec} {row.method}"
+            if key not in speed:
+                speed[key] = _seconds_per_weight(row)
+            seconds += row.weights * speed[key] / min(workers, default_workers())
+    working = sorted((_working_bytes(row) for row in plan.rows()), reverse=True)
+    finished = max((sum(row.bytes for row in unit.rows) for unit in plan.units), default=0)
+    peak = current_rss_bytes() + sum(working[: workers + 1]) + finished
+    return Estimate(seconds, peak, plan.bytes, workers)
+
+
+def _working_bytes(row: Row) -> int:
+    """Memory of one tensor in flight: its source, and its codes, packed words and float chunks, or its copy."""
+    if row.action == "quantize":
+        return row.source_bytes + 2 * row.weights + row.bytes + 16 * _TRIAL_ROWS_BYTES
+    return row.source_bytes if row.stored_dtype == row.source_dtype else row.source_bytes + row.bytes
+
+
+def _seconds_per_weight(row: Row) -> float:
+    assert row.spec is not None
+    assert row.method is not None
+    in_features = row.shape[1]
+    tile = torch.randn(max(1, CHUNK_WEIGHTS // in_features), in_features, generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        started = time.perf_counter()
+        quantize_nearest(tile, None, row.spec, row.method.range, NoOutliers())
+        return (time.perf_counter() - started) / tile.numel()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def check_machine(needs: Estimate, out: Path) -> None:
+    """Refuse a job that this machine cannot finish.
+
+    Raises:
+        PlanError: too little free memory or disk; the message says how much of which.
+    """
+    available = available_memory_bytes()
+    growth = needs.peak_rss_bytes - current_rss_bytes()
+    if available is not None and growth > available:
+        raise PlanError(
+            f"needs about {growth / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are free; "
+            f"use fewer workers than {needs.workers} (--workers)"
+        )
+    folder = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if needs.disk_bytes > free:
+        raise PlanError(
+            f"needs about {needs.disk_bytes / 1e9:.2f} GB of disk at {folder} and {free / 1e9:.2f} GB are free"
+        )
+
+
+def available_memory_bytes() -> int | None:
+    """Memory that can be had without swapping; None where the system does not tell."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def current_rss_bytes() -> int:
+    """Resident memory of this process now; its peak so far where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_rss_bytes()
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,108 @@
+"""The grid: how a code becomes a weight and a weight becomes a code.
+
+Every range, rounding, format and kernel goes through `encode` and `decode`, so there is one arithmetic:
+
+    code   = clamp(round_half_even(weight / scale + zero), 0, 2**bits - 1)
+    weight = scale * (code - zero)
+
+in float32. Scales and zeros are rounded to their stored precision *before* codes are chosen
+(`stored_scale`, `stored_zero`): the code is nearest on the grid that will be read back, not on an ideal one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import WeightError
+from bitwright.numeric.spec import WeightSpec
+
+
+def encode(weights: Tensor, scale: Tensor, zero: Tensor, spec: WeightSpec) -> Tensor:
+    """Nearest codes of `weights` as float32 integers; `scale` and `zero` broadcast against `weights`."""
+    return torch.clamp(torch.round(weights / scale + zero), 0, spec.max_code)
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Weights of `codes` in float32; `scale` and `zero` broadcast against `codes`."""
+    return scale * (codes.to(scale.dtype) - zero)
+
+
+def stored_scale(scale: Tensor, spec: WeightSpec) -> Tensor:
+    """`scale` rounded to its stored precision, never zero (sign kept), as float32.
+
+    Raises:
+        WeightError: a scale is beyond the largest finite value of `spec.scale_dtype`.
+    """
+    info = torch.finfo(spec.storage_dtype)
+    if scale.numel() and scale.abs().max().item() > info.max:
+        raise WeightError(
+            f"a scale of {scale.abs().max().item():.3g} does not fit {spec.scale_dtype} (at most {info.max:.3g}); "
+            "set scale_dtype=bfloat16"
+        )
+    # float16 needs its subnormals: steps below 6e-5 occur. The other two reach 1e-38 without them.
+    smallest = 2.0**-24 if spec.scale_dtype == "float16" else info.smallest_normal
+    rounded = scale.to(spec.storage_dtype).float()
+    tiny = rounded.abs() < smallest
+    return torch.where(tiny, torch.copysign(torch.full_like(rounded, smallest), scale), rounded)
+
+
+def stored_zero(zero: Tensor, spec: WeightSpec) -> Tensor:
+    """`zero` as it will be read back: the centre, an integer code, or a float of `scale_dtype`; float32."""
+    if spec.symmetric:
+        return torch.full_like(zero, float(spec.centre))
+    if spec.zero == "int":
+        return torch.clamp(torch.round(zero), 0, spec.max_code)
+    return zero.to(spec.storage_dtype).float()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales and zeros of one matrix, float32 [out, groups], each exactly representable as it is stored."""
+
+    scale: Tensor
+    zero: Tensor
+    spec: WeightSpec
+
+    def expand(self, in_features: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero of every weight, each [out, in_features]."""
+        return expand_groups(self.scale, self.spec, in_features), expand_groups(self.zero, self.spec, in_features)
+
+    def encode(self, weight: Tensor) -> Tensor:
+        """Nearest codes of `weight` [out, in], uint8."""
+        scale, zero = self.expand(weight.shape[1])
+        return encode(weight.float(), scale, zero, self.spec).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Weights of `codes` [out, in], float32."""
+        scale, zero = self.expand(codes.shape[1])
+        return decode(codes, scale, zero)
+
+
+def expand_groups(per_group: Tensor, spec: WeightSpec, in_features: int) -> Tensor:
+    """[out, groups] to [out, in_features]: every column takes its group's value."""
+    width = spec.group_width(in_features)
+    # Not repeat_interleave, which takes a millisecond on the CPU however short its input.
+    return per_group.unsqueeze(2).expand(-1, -1, width).flatten(1)[:, :in_features]
+
+
+def group_rows(matrix: Tensor, spec: WeightSpec) -> list[Tensor]:
+    """Views of `matrix` [out, in] as rows of groups: the full groups [out * full, width], then the ragged tail.
+
+    The tail [out, tail] is present only when `in` is not a multiple of the group width. Statistics of a
+    short group thus never see padding.
+    """
+    out_features, in_features = matrix.shape
+    width = spec.group_width(in_features)
+    full = in_features // width
+    parts = [matrix[:, : full * width].reshape(out_features * full, width)]
+    if full * width < in_features:
+        parts.append(matrix[:, full * width :])
+    return parts
+
+
+def ungroup_rows(parts: list[Tensor], out_features: int) -> Tensor:
+    """Inverse of `group_rows` for per-group values: vectors per part to [out, groups]."""
+    return torch.cat([part.reshape(out_features, -1) for part in parts], dim=1)

@@ -1,0 +1,88 @@
+"""QTensor: a quantized matrix in its canonical form, the oracle of every format and kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import FormatError
+from bitwright.numeric.grid import Grid
+from bitwright.numeric.outliers import Outliers
+from bitwright.numeric.spec import WeightSpec
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """`codes` uint8 [out, in], their `grid`, and residual `outliers`.
+
+    `dequantize()` defines what the tensor means; formats and kernels are tested against it.
+    """
+
+    codes: Tensor
+    grid: Grid
+    outliers: Outliers | None = None
+
+    @property
+    def spec(self) -> WeightSpec:
+        """What the codes look like."""
+        return self.grid.spec
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantize(self) -> Tensor:
+        """The weights, float32 [out, in]: `scale * (code - zero)` plus the outliers' residuals."""
+        weight = self.grid.decode(self.codes)
+        return weight if self.outliers is None else self.outliers.add_to(weight)
+
+    def rows(self, rows: slice) -> QTensor:
+        """The given rows as a QTensor of their own."""
+        grid = Grid(self.grid.scale[rows], self.grid.zero[rows], self.spec)
+        outliers = None if self.outliers is None else self.outliers.row_slice(rows)
+        return QTensor(self.codes[rows], grid, outliers)
+
+    def validate(self, name: str) -> QTensor:
+        """Self, if every part agrees with every other.
+
+        Raises:
+            FormatError: a shape, code, scale, zero or outlier index is impossible; `name` is in the message.
+        """
+        out_features, in_features = self.shape
+        spec = self.spec
+        expected = (out_features, spec.groups(in_features))
+        for part, tensor in (("scale", self.grid.scale), ("zero", self.grid.zero)):
+            if tuple(tensor.shape) != expected:
+                raise FormatError(f"{name}: {part} has shape {tuple(tensor.shape)}, needed {expected}")
+            if not bool(torch.isfinite(tensor).all()):
+                raise FormatError(f"{name}: {part} holds NaN or Inf")
+        if self.codes.numel() and int(self.codes.max()) > spec.max_code:
+            raise FormatError(f"{name}: code {int(self.codes.max())} is above {spec.max_code} ({spec.bits} bits)")
+        if self.outliers is not None:
+            _validate_outliers(name, self.outliers, out_features, in_features)
+        return self
+
+
+def _validate_outliers(name: str, outliers: Outliers, out_features: int, in_features: int) -> None:
+    pointer, column = outliers.row_pointer, outliers.column
+    if pointer.numel() != out_features + 1:
+        raise FormatError(f"{name}: {pointer.numel()} outlier row pointers, needed {out_features + 1}")
+    if int(pointer[0]) != 0 or int(pointer[-1]) != column.numel() or bool((pointer.diff() < 0).any()):
+        raise FormatError(f"{name}: outlier row pointers must rise from 0 to the number of outliers, {column.numel()}")
+    if outliers.residual.numel() != column.numel():
+        raise FormatError(f"{name}: {outliers.residual.numel()} outlier values for {column.numel()} columns")
+    if column.numel() == 0:
+        return
+    if int(column.min()) < 0 or int(column.max()) >= in_features:
+        raise FormatError(
+            f"{name}: outlier column {int(column.max() if column.max() >= in_features else column.min())} "
+            f"is outside 0..{in_features - 1}"
+        )
+    same_row = outliers.rows().diff() == 0
+    if bool((column.diff()[same_row] <= 0).any()):
+        raise FormatError(f"{name}: outlier columns must be ascending and unique within a row")
+    if not bool(torch.isfinite(outliers.residual).all()):
+        raise FormatError(f"{name}: outlier values hold NaN or Inf")

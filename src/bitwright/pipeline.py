@@ -1,0 +1,310 @@
+"""The spine: one weight's journey from checkpoint to artefact, unit by unit.
+
+    source -> plan -> [ read -> range + round -> pack -> verify ] per tensor -> shard -> journal -> publish
+
+Data-free recipes need no block inputs, so tensors are independent: workers take them in order, the main
+thread writes each unit's shard when its last tensor arrives. Killed at any moment and started again, the job
+continues after its last finished shard and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright import __about__
+from bitwright.checkpoint.journal import Journal
+from bitwright.checkpoint.manifest import read_manifest, write_manifest
+from bitwright.checkpoint.shard import read_header, write_shard, write_text
+from bitwright.checkpoint.source import Source, open_source
+from bitwright.errors import FormatError, ResumeError, WeightError
+from bitwright.execute.local import default_workers, ordered_map
+from bitwright.formats.native import FORMAT_VERSION, TensorEntry, pack, quantization_config, unpack
+from bitwright.machine import check_machine, estimate, peak_rss_bytes
+from bitwright.numeric.measure import sqnr_db, squared_error
+from bitwright.numeric.qtensor import QTensor
+from bitwright.plan import Plan, Row, make_plan
+from bitwright.recipe import resolve_recipe
+from bitwright.rounding.nearest import CHUNK_WEIGHTS, quantize_nearest, row_chunks
+
+Progress = Callable[[str, int, int], None]
+"""Called with what just finished, weights done so far, and weights in all."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `quantize` made."""
+
+    out: Path
+    records: list[dict[str, Any]]
+    """One per tensor, as in the manifest."""
+    seconds: float
+    peak_rss_bytes: int
+    resumed_shards: int
+    """Shards that an earlier run of the same job had finished."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all weights on disk."""
+        return sum(record["bytes"] for record in self.records)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per quantized weight, from bytes written: codes, scales, zeros, outliers and their indices."""
+        return bits_per_weight(self.records)
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary for `quantize --json`; keys are stable."""
+        weights = sum(math.prod(r["shape"]) for r in self.records if r["action"] == "quantize")
+        return {
+            "out": str(self.out),
+            "bytes": self.bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "quantized_weights": weights,
+            "seconds": self.seconds,
+            "weights_per_second": weights / self.seconds if self.seconds else None,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "resumed_shards": self.resumed_shards,
+            "tensors": self.records,
+        }
+
+
+def bits_per_weight(records: Sequence[Mapping[str, Any]]) -> float:
+    """Bits per quantized weight of manifest records; NaN when nothing was quantized."""
+    quantized = [record for record in records if record["action"] == "quantize"]
+    weights = sum(math.prod(record["shape"]) for record in quantized)
+    return 8 * sum(record["bytes"] for record in quantized) / weights if weights else math.nan
+
+
+def quantize(
+    model: str,
+    out: str | Path,
+    *,
+    method: str | None = None,
+    scheme: str | None = None,
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    workers: int | None = None,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Quantize `model` into the folder `out`.
+
+    The first five arguments after `out` are those of `plan`. `workers` threads share the tensors (default:
+    all processors); the result does not depend on how many. An unfinished run of the same job is continued
+    unless `restart`; a finished one is left as it is.
+
+    Raises:
+        RecipeError, PlanError, CheckpointError: before any work; see `plan`.
+        ResumeError: `out` or its unfinished folder belongs to another job.
+        WeightError: a tensor holds NaN or Inf, or does not fit its stored types. What was finished is kept.
+    """
+    started = time.perf_counter()
+    out = Path(out)
+    source = open_source(model)
+    plan = make_plan(source, resolve_recipe(method, scheme, recipe, overrides))
+    job = _job(source, plan)
+    if out.exists():
+        return _already_done(out, job, started)
+    workers = workers or default_workers()
+    check_machine(estimate(plan, workers), out)
+    with Journal(out, job, restart) as journal:
+        resumed = len(journal.done)
+        _quantize_units(source, plan, journal, workers, progress or _silent)
+        records = _finish(source, plan, journal, job)
+        journal.publish()
+    return Summary(out, records, time.perf_counter() - started, peak_rss_bytes(), resumed)
+
+
+def _silent(label: str, done: int, total: int) -> None:
+    pass
+
+
+def _job(source: Source, plan: Plan) -> dict[str, Any]:
+    """What must be equal for two runs to be the same job; `source_files` is for resume alone."""
+    return {
+        "source": source.fingerprint(),
+        "source_files": source.identity(),
+        "recipe": plan.recipe.sha256(),
+        "seed": plan.recipe.seed,
+        "bitwright": __about__.__version__,
+        "torch": torch.__version__,
+        "format_version": FORMAT_VERSION,
+    }
+
+
+def _already_done(out: Path, job: dict[str, Any], started: float) -> Summary:
+    """The summary of a finished `out` that is this very job's."""
+    try:
+        manifest = read_manifest(out) if out.is_dir() else None
+    except FormatError:
+        manifest = None
+    if manifest is None:
+        raise ResumeError(f"{out}: exists and is not a bitwright result; choose another folder or remove it")
+    changed = [key for key in ("source", "recipe", "seed") if manifest["job"].get(key) != job[key]]
+    if changed:
+        raise ResumeError(
+            f"{out}: already holds the result of another job (other {', '.join(changed)}); "
+            "choose another folder or remove it"
+        )
+    records = manifest["tensors"]
+    return Summary(out, records, time.perf_counter() - started, peak_rss_bytes(), len(manifest["shards"]))
+
+
+def _quantize_units(source: Source, plan: Plan, journal: Journal, workers: int, progress: Progress) -> None:
+    """Write every shard that the journal does not have yet."""
+    todo = [index for index in range(len(plan.units)) if plan.shard_name(index) not in journal.done]
+    total = sum(row.weights for row in plan.rows())
+    done = total - sum(row.weights for index in todo for row in plan.units[index].rows)
+    rows = [row for index in todo for row in plan.units[index].rows]
+    results = ordered_map(lambda row: process_row(source, row), rows, workers)
+    for index in todo:
+        unit = plan.units[index]
+        parts: dict[str, Tensor] = {}
+        records = []
+        for row, (row_parts, record) in zip(unit.rows, results, strict=False):
+            parts.update(row_parts)
+            records.append(record)
+            done += row.weights
+            progress(f"{unit.label}: {row.tensor}", done, total)
+        name = plan.shard_name(index)
+        sha256 = write_shard(journal.output / name, parts, {"format": "pt", "bitwright": str(FORMAT_VERSION)})
+        journal.record(name, sha256, records)
+
+
+def process_row(source: Source, row: Row) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """One tensor's whole journey: its parts as stored, and its record for the manifest.
+
+    Raises:
+        CheckpointError: the tensor cannot be read.
+        WeightError: it holds NaN or Inf, or does not fit its stored types.
+    """
+    record: dict[str, Any] = {
+        "tensor": row.tensor,
+        "shape": list(row.shape),
+        "action": row.action,
+        "rule": row.rule,
+        "bytes": 0,
+    }
+    if row.action == "tied":
+        return {}, record
+    tensor = source.read(row.tensor)
+    _check_finite(tensor, row.tensor)
+    try:
+        parts, details = _keep(tensor, row) if row.action == "keep" else _quantize(tensor, row)
+    except WeightError as error:
+        raise WeightError(f"{row.tensor}: {error}") from error
+    nbytes = sum(part.numel() * part.dtype.itemsize for part in parts.values())
+    return parts, record | {"bytes": nbytes} | details
+
+
+def _check_finite(tensor: Tensor, name: str) -> None:
+    if not tensor.is_floating_point():
+        return
+    # In pieces: torch.isfinite makes three temporaries as large as its input.
+    flat, starts = tensor.reshape(-1), range(0, tensor.numel(), CHUNK_WEIGHTS)
+    bad = sum(int((~torch.isfinite(flat[start : start + CHUNK_WEIGHTS])).sum().item()) for start in starts)
+    if bad:
+        raise WeightError(
+            f"{name}: {bad} of {tensor.numel()} values are NaN or Inf, needed finite weights; "
+            "the checkpoint is damaged or diverged"
+        )
+
+
+def _keep(tensor: Tensor, row: Row) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    assert row.stored_dtype is not None
+    stored = tensor.to(row.stored_dtype)
+    if stored.dtype == torch.float16 and tensor.dtype != torch.float16 and tensor.numel():
+        low, high = torch.aminmax(tensor)
+        if max(-low.item(), high.item()) > torch.finfo(torch.float16).max:
+            raise WeightError(
+                f"values from {low.item():.3g} to {high.item():.3g} do not fit float16; "
+                "set kept_dtype=bfloat16 or kept_dtype=source"
+            )
+    return {row.tensor: stored}, {"dtype": str(row.stored_dtype).removeprefix("torch.")}
+
+
+def _quantize(weight: Tensor, row: Row) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    assert row.spec is not None
+    assert row.method is not None
+    result = quantize_nearest(weight, None, row.spec, row.method.range, row.method.outliers)
+    count = 0 if result.outliers is None else result.outliers.count
+    entry = TensorEntry(spec=row.spec, shape=result.shape, outliers=count)
+    parts = pack(result)
+    decoded = unpack(row.tensor, parts, entry)
+    if not torch.equal(decoded.codes, result.codes):
+        raise FormatError(f"{row.tensor}: packed codes do not unpack to themselves; this is a bug in bitwright")
+    details = {
+        "method": row.method.name,
+        "spec": row.spec.model_dump(mode="json"),
+        "outliers": count,
+        "sqnr_db": _measure(weight, decoded),
+        "fallbacks": [],
+    }
+    return {f"{row.module}.{name}": part for name, part in parts.items()}, details
+
+
+def _measure(weight: Tensor, decoded: QTensor) -> float | None:
+    """SQNR in dB of what was packed, chunk by chunk; None when it is exact."""
+    error = signal = 0.0
+    for rows in row_chunks(decoded.shape):
+        chunk_error, chunk_signal = squared_error(weight[rows].float(), decoded.rows(rows).dequantize())
+        error, signal = error + chunk_error, signal + chunk_signal
+    value = sqnr_db(error, signal)
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def _finish(source: Source, plan: Plan, journal: Journal, job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Write config, index, tokenizer and manifest beside the shards; returns every tensor's record."""
+    folder = journal.output
+    _remove_strangers(folder, set(journal.done))
+    shards = [journal.done[plan.shard_name(index)] for index in range(len(plan.units))]
+    records = [record for shard in shards for record in shard["records"]]
+    config = source.config | {"quantization_config": _quantization_config(plan, records)}
+    if plan.tied_head is not None:
+        # transformers would otherwise tie the head to a float weight that no longer exists.
+        config["tie_word_embeddings"] = False
+    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    weight_map = {name: shard["shard"] for shard in shards for name in read_header(folder / shard["shard"])[0]}
+    index = {"metadata": {"total_size": sum(r["bytes"] for r in records)}, "weight_map": weight_map}
+    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1, sort_keys=True) + "\n")
+    source.write_side_files(folder)
+    content = {
+        "job": {key: value for key, value in job.items() if key != "source_files"},
+        "source_label": plan.source,
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "shards": [shard["shard"] for shard in shards],
+        "tensors": records,
+    }
+    write_manifest(folder, content, {shard["shard"]: shard["sha256"] for shard in shards})
+    return records
+
+
+def _remove_strangers(folder: Path, shards: set[str]) -> None:
+    """Drop what a killed run left half-written."""
+    for path in folder.iterdir():
+        if path.name not in shards:
+            with suppress(FileNotFoundError):
+                path.unlink()
+
+
+def _quantization_config(plan: Plan, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    outliers = {record["tensor"]: record.get("outliers", 0) for record in records}
+    entries = {
+        row.module: TensorEntry(spec=row.spec, shape=(row.shape[0], row.shape[1]), outliers=outliers[row.tensor])
+        for row in plan.rows()
+        if row.spec is not None
+    }
+    config = quantization_config(entries)
+    if plan.tied_head is not None:
+        config["tied"] = {plan.tied_head: plan.adapter.embedding}
+    return config

@@ -1,0 +1,324 @@
+"""The plan: recipe x checkpoint headers -> one row per tensor, and every refusal, before any weight is read.
+
+A row says which rule claimed the tensor, what it becomes and how many bytes that takes. Rows are grouped in
+units: the embeddings, each block, and the rest. A unit is written as one shard, is the step of resume, and
+bounds memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from bitwright.checkpoint.shard import NAMES, TensorInfo
+from bitwright.checkpoint.source import Source, open_source
+from bitwright.errors import PlanError
+from bitwright.formats.native import TensorEntry, packed_bytes
+from bitwright.models import adapter_for
+from bitwright.models.adapter import Adapter, block_count
+from bitwright.numeric.outliers import NoOutliers, NSigma
+from bitwright.numeric.spec import WeightSpec
+from bitwright.recipe import Method, Recipe, Rule, Scheme, resolve_recipe, weight_spec
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of the checkpoint and what becomes of it."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    source_dtype: torch.dtype
+    action: Literal["quantize", "keep", "tied"]
+    rule: str
+    bytes: int
+    """Bytes on disk: exact for kept tensors and without outliers, else expected."""
+    stored_dtype: torch.dtype | None = None
+    """Of a kept tensor."""
+    spec: WeightSpec | None = None
+    method: Method | None = None
+
+    @property
+    def module(self) -> str:
+        """The module that owns the tensor, which is what rules match."""
+        return self.tensor.rpartition(".")[0]
+
+    @property
+    def weights(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the tensor in the source."""
+        return self.weights * self.source_dtype.itemsize
+
+    def to_json(self) -> dict[str, Any]:
+        """The row for `plan --json`."""
+        return {
+            "tensor": self.tensor,
+            "shape": list(self.shape),
+            "source_dtype": NAMES[self.source_dtype],
+            "action": self.action,
+            "rule": self.rule,
+            "bytes": self.bytes,
+            "stored_dtype": None if self.stored_dtype is None else NAMES[self.stored_dtype],
+            "spec": None if self.spec is None else self.spec.model_dump(mode="json"),
+            "method": None if self.method is None else self.method.name,
+            "bits_per_weight": 8 * self.bytes / self.weights if self.weights else None,
+        }
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors that travel together into one shard."""
+
+    label: str
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `quantize` will do."""
+
+    source: str
+    recipe: Recipe
+    adapter: Adapter
+    units: tuple[Unit, ...]
+    tied_head: str | None
+    """The head that shares a quantized embedding, if any."""
+
+    def rows(self) -> Iterator[Row]:
+        """Every row, in the order of travel."""
+        for unit in self.units:
+            yield from unit.rows
+
+    def shard_name(self, index: int) -> str:
+        """File name of unit `index`."""
+        return f"model-{index + 1:05d}-of-{len(self.units):05d}.safetensors"
+
+    @property
+    def bytes(self) -> int:
+        """Expected bytes of all weights on disk."""
+        return sum(row.bytes for row in self.rows())
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of all weights in the source."""
+        return sum(row.source_bytes for row in self.rows())
+
+    @property
+    def quantized_weights(self) -> int:
+        """Number of weights that become codes."""
+        return sum(row.weights for row in self.rows() if row.action == "quantize")
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Expected bits per quantized weight, scales, zeros and outliers included."""
+        packed = sum(row.bytes for row in self.rows() if row.action == "quantize")
+        return 8 * packed / self.quantized_weights if self.quantized_weights else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan for `plan --json`."""
+        return {
+            "source": self.source,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "bytes": self.bytes,
+            "source_bytes": self.source_bytes,
+            "quantized_weights": self.quantized_weights,
+            "bits_per_weight": self.bits_per_weight,
+            "tensors": [row.to_json() for row in self.rows()],
+        }
+
+
+def plan(
+    model: str,
+    *,
+    method: str | None = None,
+    scheme: str | None = None,
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Plan:
+    """What quantizing `model` would do, from its headers alone.
+
+    Args:
+        model: a Hugging Face folder, a hub id, a `.gguf` file, or `demo`.
+        method: a preset, such as `easyquant`; needs `scheme`, such as `w4a16g64`.
+        scheme: see `method`.
+        recipe: a TOML file instead of the two.
+        overrides: `key=value` changes to the recipe.
+
+    Raises:
+        RecipeError: the recipe cannot mean anything.
+        CheckpointError: the model cannot be read.
+        PlanError: the recipe cannot be applied to the model; every reason is listed.
+    """
+    return make_plan(open_source(model), resolve_recipe(method, scheme, recipe, overrides))
+
+
+def make_plan(source: Source, recipe: Recipe) -> Plan:
+    """`plan` for an open source and a resolved recipe."""
+    adapter = adapter_for(source.config)
+    planner = _Planner(source, recipe, adapter)
+    units = planner.units()
+    if planner.refusals:
+        raise PlanError(f"{source.label}: " + "; ".join(planner.refusals))
+    return Plan(source.label, recipe, adapter, units, planner.tied_head)
+
+
+class _Planner:
+    """Collects rows and refusals; refusals are raised together, so one run shows everything to mend."""
+
+    def __init__(self, source: Source, recipe: Recipe, adapter: Adapter):
+        self.source, self.recipe, self.adapter = source, recipe, adapter
+        self.refusals: list[str] = []
+        self.tied_head: str | None = None
+        self.blocks = block_count(source.config)
+        self.block_linears = [
+            adapter.block_prefix(block) + name for block in range(self.blocks) for name in adapter.linears
+        ]
+        self.tied = adapter.tied_head
+        self.candidates = {*self.block_linears, adapter.embedding} | (set() if self.tied else {adapter.head})
+
+    def units(self) -> tuple[Unit, ...]:
+        self._check_rules()
+        self._check_presence()
+        grouped: dict[int, list[Row]] = {}
+        for name, info in self.source.tensors.items():
+            grouped.setdefault(self._unit_index(name), []).append(self._row(name, info))
+        labels = {0: "embeddings", self.blocks + 1: "head"}
+        return tuple(
+            Unit(
+                labels.get(index, f"block {index - 1}"),
+                tuple(sorted(grouped[index], key=lambda row: row.tensor)),
+            )
+            for index in sorted(grouped)
+        )
+
+    def _unit_index(self, name: str) -> int:
+        prefix = self.adapter.blocks + "."
+        if name.startswith(prefix):
+            number = name[len(prefix) :].partition(".")[0]
+            if number.isdigit() and int(number) < self.blocks:
+                return int(number) + 1
+            self.refusals.append(f"{name} belongs to block {number}, but config.json says {self.blocks} blocks")
+        early = name.startswith(self.adapter.embedding) or name.rpartition(".")[0] in self.adapter.kept
+        return 0 if early else self.blocks + 1
+
+    def _check_rules(self) -> None:
+        for rule in self.recipe.rules:
+            if any(fnmatchcase(module, rule.match) for module in self.candidates):
+                continue
+            reason = "matches no linear or embedding"
+            if self.tied and fnmatchcase(self.adapter.head, rule.match):
+                reason = (
+                    f"matches only {self.adapter.head}, which is tied to {self.adapter.embedding}: "
+                    "write the rule for that one"
+                )
+            self.refusals.append(f"rule {rule.match!r} {reason}")
+
+    def _check_presence(self) -> None:
+        missing = [m for m in sorted(self.candidates) if m + ".weight" not in self.source.tensors]
+        if missing:
+            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            self.refusals.append(f"the checkpoint has no weight for {shown}")
+
+    def _row(self, name: str, info: TensorInfo) -> Row:
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module == self.adapter.head and self.tied:
+            return Row(name, info.shape, info.dtype, "tied", f"tied to {self.adapter.embedding}", 0)
+        if leaf == "weight" and module in self.candidates:
+            return self._claimed_row(module, name, info)
+        if len(info.shape) >= 2 and self._inside_block(name) and info.dtype in _FLOATS:
+            self.refusals.append(
+                f"{name} {list(info.shape)} is a matrix that the {self.adapter.model_type} adapter does not know"
+            )
+        return self._kept_row(name, info, "not a linear")
+
+    def _inside_block(self, name: str) -> bool:
+        return name.startswith(self.adapter.blocks + ".")
+
+    def _claimed_row(self, module: str, name: str, info: TensorInfo) -> Row:
+        for rule in self.recipe.rules:
+            if fnmatchcase(module, rule.match):
+                if rule.keep:
+                    return self._kept_row(name, info, f"rule {rule.match!r}")
+                return self._quantized_row(name, info, rule)
+        if module in (self.adapter.embedding, self.adapter.head):
+            return self._kept_row(name, info, "default: kept")
+        if self.recipe.method is None:
+            self.refusals.append(f"{module} is claimed by no rule; add a rule for it, or one with keep = true")
+            return self._kept_row(name, info, "unclaimed")
+        return self._quantized_row(name, info, Rule(match="*"))
+
+    def _kept_row(self, name: str, info: TensorInfo, rule: str) -> Row:
+        stored = kept_dtype(info, self.recipe.kept_dtype)
+        return Row(name, info.shape, info.dtype, "keep", rule, info.numel * stored.itemsize, stored_dtype=stored)
+
+    def _quantized_row(self, name: str, info: TensorInfo, rule: Rule) -> Row:
+        method = rule.method or self.recipe.method
+        scheme = rule.scheme or self.recipe.scheme
+        if method is None or scheme is None:
+            self.refusals.append(f"rule {rule.match!r} needs a method and a scheme; the recipe has no default")
+            return self._kept_row(name, info, rule.match)
+        spec = weight_spec(method, scheme, self.recipe.scale_dtype)
+        self._check_matrix(name, info, spec)
+        self._check_scheme(scheme, method)
+        if name.rpartition(".")[0] == self.adapter.embedding and self.tied:
+            self.tied_head = self.adapter.head
+        nbytes = 0
+        if len(info.shape) == 2:
+            outliers = round(expected_outlier_share(method.outliers) * info.numel)
+            nbytes = packed_bytes(TensorEntry(spec=spec, shape=(info.shape[0], info.shape[1]), outliers=outliers))
+        label = "default" if rule.match == "*" and rule not in self.recipe.rules else f"rule {rule.match!r}"
+        return Row(name, info.shape, info.dtype, "quantize", label, nbytes, spec=spec, method=method)
+
+    def _check_matrix(self, name: str, info: TensorInfo, spec: WeightSpec) -> None:
+        if len(info.shape) != 2 or 0 in info.shape:
+            self.refusals.append(f"{name} has shape {list(info.shape)}, needed a matrix [out, in]")
+        elif spec.group_size is not None and spec.group_size > info.shape[1]:
+            self.refusals.append(
+                f"{name}: groups of {spec.group_size} are wider than its {info.shape[1]} inputs; "
+                f"use g{info.shape[1]} or smaller, or no g for one group per channel"
+            )
+        if info.dtype not in _FLOATS:
+            self.refusals.append(f"{name} is {info.dtype}, needed float16, bfloat16, float32 or float64")
+
+    def _check_scheme(self, scheme: Scheme, method: Method) -> None:
+        for what, bits in (("activations", scheme.activation_bits), ("KV cache", scheme.kv_bits)):
+            if bits != 16:
+                complaint = (
+                    f"scheme {scheme} asks for {bits}-bit {what}, which method {method.name} leaves in float; "
+                    f"use w{scheme.weight_bits}a16"
+                )
+                if complaint not in self.refusals:
+                    self.refusals.append(complaint)
+
+
+def kept_dtype(info: TensorInfo, setting: str) -> torch.dtype:
+    """The type in which a kept tensor is stored; see `Recipe.kept_dtype`."""
+    if info.dtype not in _FLOATS or setting == "source":
+        return info.dtype
+    if setting == "auto":
+        if info.dtype.itemsize <= 2:
+            return info.dtype
+        return torch.float16 if len(info.shape) >= 2 else torch.float32
+    return torch.float16 if setting == "float16" else torch.bfloat16
+
+
+def expected_outlier_share(policy: NoOutliers | NSigma) -> float:
+    """Share of weights that a policy is expected to keep apart: twice a Gaussian's tail, at most the cap.
+
+    Twice, because the tails of trained weights are heavier: EasyQuant reports 0.3-0.8 % at 3 sigma, a
+    Gaussian has 0.27 %.
+    """
+    if isinstance(policy, NoOutliers):
+        return 0.0
+    return min(policy.max_share, 2 * math.erfc(policy.n / math.sqrt(2)))

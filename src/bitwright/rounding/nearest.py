@@ -1,0 +1,67 @@
+"""Rounding to the nearest code, row chunk by row chunk, with outliers kept as residuals."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bitwright.numeric.grid import Grid, encode
+from bitwright.numeric.outliers import NoOutliers, NSigma, Outliers, outlier_threshold
+from bitwright.numeric.qtensor import QTensor
+from bitwright.numeric.settings import Settings
+from bitwright.numeric.spec import WeightSpec
+from bitwright.ranges import Hqq, Minmax, Mse, MseAdam, fit_grid
+
+# Weights of one chunk: small enough that the dozen passes of a range search stay in the second-level cache.
+CHUNK_WEIGHTS = 1 << 17
+
+
+class Nearest(Settings):
+    """Every weight takes the nearest code of its group's grid."""
+
+    name: Literal["nearest"] = "nearest"
+
+
+def row_chunks(shape: tuple[int, int]) -> list[slice]:
+    """Row slices of about `CHUNK_WEIGHTS` weights; they depend on the shape alone, never on the machine."""
+    out_features, in_features = shape
+    step = max(1, CHUNK_WEIGHTS // max(1, in_features))
+    return [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
+
+
+def quantize_nearest(
+    weight: Tensor,
+    importance: Tensor | None,
+    spec: WeightSpec,
+    range_settings: Minmax | Mse | MseAdam | Hqq,
+    policy: NoOutliers | NSigma,
+) -> QTensor:
+    """`weight` [out, in], any float dtype, on the nearest codes of the grids that the range picks.
+
+    `importance` [1, in] or [out, in] weighs squared errors in ranges that use it. Rows are independent given
+    the outlier threshold, so the result does not depend on the chunking. Outliers keep the nearest code of
+    their own value beneath, and store target minus that code's value.
+    """
+    chunks = row_chunks((weight.shape[0], weight.shape[1]))
+    threshold = outlier_threshold(weight, policy, chunks)
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    scales, zeros, outliers = [], [], []
+    for rows in chunks:
+        part = weight[rows].float()
+        part_importance = importance if importance is None or importance.shape[0] == 1 else importance[rows]
+        mask = None if threshold is None else threshold.select(rows, part)
+        grid = fit_grid(part, None if mask is None else ~mask, part_importance, spec, range_settings)
+        scale, zero = grid.expand(part.shape[1])
+        part_codes = encode(part, scale, zero, spec)
+        codes[rows] = part_codes.to(torch.uint8)
+        scales.append(grid.scale)
+        zeros.append(grid.zero)
+        if mask is not None:
+            outliers.append(Outliers.gather(mask, part - scale * (part_codes - zero)))
+    grid = Grid(torch.cat(scales), torch.cat(zeros), spec)
+    return QTensor(codes, grid, Outliers.concatenate(outliers) if outliers else None)
+
+
+__all__ = ["CHUNK_WEIGHTS", "Nearest", "quantize_nearest", "row_chunks"]

@@ -1,0 +1,231 @@
+"""Loading native folders with transformers: `AutoModelForCausalLM.from_pretrained(folder)`.
+
+`register()` makes transformers know the method "bitwright". Weights stay packed: linears and embeddings
+named in config.json are replaced, while the model is still on the meta device, by the modules of
+`runtime.linear`, whose buffers then receive the stored tensors unchanged whatever `dtype` was asked for. A
+checkpoint is checked twice before any kernel may read it: names, shapes and types from the headers, and the
+contents after loading.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bitwright.errors import FormatError
+from bitwright.formats.native import (
+    QUANT_METHOD,
+    TensorEntry,
+    check_part,
+    check_parts,
+    parts,
+    quantization_config,
+    read_quantization_config,
+    read_tied,
+)
+from bitwright.runtime.linear import PackedModule, QuantizedEmbedding, QuantizedLinear, TiedLinear
+
+# Names of types in safetensors headers, as far as the native format uses them.
+_HEADER_DTYPES = {
+    "I32": torch.int32,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+}
+
+
+def register() -> None:
+    """Teach transformers to load folders of the native format; calling it again changes nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(BitwrightConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(BitwrightQuantizer)
+
+
+class BitwrightConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a native folder: `entries` by module name, and `tied` heads."""
+
+    def __init__(self, **config: Any) -> None:
+        """Read the JSON object `config`.
+
+        Raises:
+            FormatError: another version, an unknown key or a wrong value.
+        """
+        self.quant_method = QUANT_METHOD
+        self.entries = read_quantization_config(config)
+        self.tied = read_tied(config)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object, as `save_pretrained` writes it."""
+        return quantization_config(self.entries, self.tied)
+
+
+class BitwrightQuantizer(HfQuantizer):
+    """Puts packed modules into a model before its weights are loaded, and checks what was loaded."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: BitwrightConfig, **kwargs: Any) -> None:
+        """Called by transformers."""
+        super().__init__(quantization_config, **kwargs)
+        # Full names of the tensors that packed modules need, and of those the checkpoint has had so far.
+        self._needed: dict[str, tuple[tuple[int, ...], torch.dtype] | None] = {}
+        self._found: set[str] = set()
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        config = self.quantization_config
+        _refuse_tied_weights(model, {*config.entries, *config.tied})
+        for name, entry in config.entries.items():
+            module = _packed_module(name, _find(model, name), entry)
+            model.set_submodule(name, module)
+            self._needed |= {f"{name}.{part}": layout for part, layout in parts(entry).items()}
+            if getattr(module, "bias", None) is not None:
+                self._needed[f"{name}.bias"] = None
+        for head, embedding in config.tied.items():
+            model.set_submodule(head, _tied_head(head, _find(model, head), _find(model, embedding)))
+        _refuse_unknown_parts(kwargs.get("checkpoint_files") or [], config.entries)
+        return model
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Type to which a stored tensor is cast: None, as it is, for the parts of packed modules.
+
+        Called by transformers for every tensor of the checkpoint, before it is read.
+
+        Raises:
+            FormatError: a part has another shape or type than config.json says.
+        """
+        name = converter.target_patterns[0]
+        self._found.add(name)
+        layout = self._needed.get(name)
+        if layout is None:
+            return super().get_new_dtype(converter, param, dtype)
+        if isinstance(param, torch.Tensor):
+            found = (tuple(param.shape), param.dtype)
+        else:
+            found = (tuple(param.get_shape()), _HEADER_DTYPES.get(param.get_dtype(), param.get_dtype()))
+        check_part(name, *found, layout)
+        return None
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        missing = sorted(self._needed.keys() - self._found)
+        if missing:
+            raise FormatError(
+                f"{missing[0]}: missing, and {len(missing) - 1} more; the checkpoint is incomplete or damaged"
+            )
+        for name, module in model.named_modules():
+            if not isinstance(module, PackedModule):
+                continue
+            stored = module.stored()
+            if any(tensor.is_meta for tensor in stored.values()):
+                raise FormatError(f"{name}: its packed weights were offloaded; load with offload_buffers=False")
+            check_parts(name, stored, module.entry)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+        heads = {name: module for name, module in model.named_modules() if isinstance(module, TiedLinear)}
+        packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+        for name, module in packed.items():
+            model.set_submodule(name, _plain_module(module, dtype))
+        for name, head in heads.items():
+            linear = nn.Linear(head.in_features, head.out_features, bias=False, device="meta", dtype=dtype)
+            linear.weight = model.get_submodule(self.quantization_config.tied[name]).weight
+            model.set_submodule(name, linear)
+        if heads:
+            model.config.tie_word_embeddings = True
+            model.tie_weights()
+        return model.to(dtype)
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the parts as they were loaded."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The operators have no backward."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """The operators have shape-only versions for torch.compile."""
+        return True
+
+
+def _find(model: PreTrainedModel, name: str) -> nn.Module:
+    """The module called `name` in config.json."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise FormatError(
+            f"quantization_config.tensors.{name}: {type(model).__name__} has no such module; "
+            "load with the class in config.json's architectures, such as AutoModelForCausalLM"
+        ) from None
+
+
+def _refuse_unknown_parts(files: list[str], entries: dict[str, TensorEntry]) -> None:
+    """Refuse tensors of quantized modules that version 1 does not define; transformers would only warn."""
+    for file in (file for file in files if file.endswith(".safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                module, _, part = name.rpartition(".")
+                if module in entries and part != "bias" and part not in parts(entries[module]):
+                    raise FormatError(f"{name}: unknown; {file} does not belong to this quantization_config")
+
+
+def _refuse_tied_weights(model: PreTrainedModel, quantized: set[str]) -> None:
+    """Refuse a config by which transformers would tie a weight that exists only in packed form."""
+    for pair in model.all_tied_weights_keys.items():
+        for name in (weight.removesuffix(".weight") for weight in pair):
+            if name in quantized:
+                raise FormatError(f"config.json: tie_word_embeddings is true, needed false: {name} is quantized")
+
+
+def _packed_module(name: str, module: nn.Module, entry: TensorEntry) -> PackedModule:
+    """The packed stand-in, on the meta device, for `module`."""
+    # Subclasses compute something else besides (Gemma scales its embedding): replacing them would lose it.
+    if not isinstance(module, nn.Linear | nn.Embedding) or type(module) not in (nn.Linear, nn.Embedding):
+        raise FormatError(f"{name}: is a {type(module).__name__}, needed nn.Linear or nn.Embedding")
+    weight = module.weight
+    if tuple(weight.shape) != entry.shape:
+        raise FormatError(f"{name}: the model needs {list(weight.shape)}, config.json says {list(entry.shape)}")
+    if isinstance(module, nn.Embedding):
+        return QuantizedEmbedding(entry, weight.dtype, device="meta")
+    return QuantizedLinear(entry, module.bias is not None, weight.dtype, device="meta")
+
+
+def _tied_head(name: str, head: nn.Module, embedding: nn.Module) -> TiedLinear:
+    """The head that shares `embedding`, in place of the float `head`."""
+    if type(head) is not nn.Linear or head.bias is not None or not isinstance(embedding, QuantizedEmbedding):
+        raise FormatError(f"quantization_config.tied.{name}: needed a linear without bias -> a quantized embedding")
+    if (head.out_features, head.in_features) != embedding.entry.shape:
+        raise FormatError(
+            f"quantization_config.tied.{name}: is [{head.out_features}, {head.in_features}], "
+            f"but the embedding is {list(embedding.entry.shape)}"
+        )
+    return TiedLinear(embedding)
+
+
+def _plain_module(module: PackedModule, dtype: torch.dtype) -> nn.Module:
+    """nn.Linear or nn.Embedding with the decoded weights of `module`."""
+    weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+    if isinstance(module, QuantizedEmbedding):
+        embedding = nn.Embedding(*module.entry.shape, device="meta", dtype=dtype)
+        embedding.weight = weight
+        return embedding
+    bias = module.bias if isinstance(module, QuantizedLinear) else None
+    linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta", dtype=dtype)
+    linear.weight = weight
+    linear.register_parameter("bias", bias)
+    return linear

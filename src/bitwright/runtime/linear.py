@@ -1,0 +1,179 @@
+"""Modules that hold packed weights: `QuantizedLinear`, `QuantizedEmbedding`, and `TiedLinear` for heads.
+
+Buffers bear the names and types of the native format, so a state dict of these modules *is* the format.
+Moving a module keeps those types whatever `dtype` is asked for: a scale rounded to another type would shift
+the grid under its codes. Only the bias and an embedding's output follow `module.to(dtype)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.formats.native import PART_NAMES, TensorEntry, check_parts, pack, parts, unpack
+from bitwright.numeric.qtensor import QTensor
+from bitwright.runtime import ops, reference
+from bitwright.runtime.reference import PackedWeight
+
+
+class PackedModule(nn.Module):
+    """Base of the modules that own a packed matrix [out, in]; its buffers are the parts of `entry`."""
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, entry: TensorEntry, device: torch.device | str | None = None) -> None:
+        """Uninitialized buffers on `device` ("meta" allocates nothing)."""
+        super().__init__()
+        self.entry = entry
+        self.out_features, self.in_features = entry.shape
+        for name, (shape, dtype) in parts(entry).items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
+
+    def stored(self) -> dict[str, Tensor]:
+        """The parts by local name, as the format stores them."""
+        return {name: buffer for name, buffer in self._buffers.items() if name in PART_NAMES and buffer is not None}
+
+    def packed(self) -> PackedWeight:
+        """The parts as a kernel receives them."""
+        spec = self.entry.spec
+        zero, ptr, idx, val = (getattr(self, name, None) for name in PART_NAMES[2:])
+        group_size = spec.group_width(self.in_features)
+        return PackedWeight(
+            self.weight_packed,
+            self.weight_scale,
+            zero,
+            ptr,
+            idx,
+            val,
+            spec.bits,
+            group_size,
+            self.in_features,
+        )
+
+    def load_parts(self, name: str, stored: Mapping[str, Tensor]) -> None:
+        """Take over `stored` after checking it; `name` goes into messages.
+
+        Raises:
+            FormatError: `stored` breaks any rule of the native format.
+        """
+        check_parts(name, stored, self.entry)
+        for part, tensor in stored.items():
+            setattr(self, part, tensor)
+
+    def qtensor(self, name: str) -> QTensor:
+        """The canonical form of the weight; `name` goes into messages."""
+        return unpack(name, self.stored(), self.entry)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [out, in] as `dtype`, on the device of the parts."""
+        return reference.dequantize(self.packed(), dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes, spec and outliers, as printed in the model."""
+        outliers = f", outliers={self.entry.outliers}" if self.entry.outliers else ""
+        return f"{self.in_features}, {self.out_features}, {self.entry.spec.label()}{outliers}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
+        before = self.stored()
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            after = self.get_buffer(name)
+            if after.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(after.device))
+        return self
+
+
+class QuantizedLinear(PackedModule):
+    """`nn.Linear` over packed weights; the optional `bias` [out] is a plain parameter."""
+
+    def __init__(
+        self,
+        entry: TensorEntry,
+        bias: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Uninitialized; `dtype` is the type of the bias."""
+        super().__init__(entry, device)
+        empty = torch.empty(self.out_features, dtype=dtype, device=device) if bias else None
+        self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
+
+    @classmethod
+    def from_qtensor(cls, q: QTensor, bias: Tensor | None = None) -> QuantizedLinear:
+        """The module that computes with `q` and `bias` [out].
+
+        Raises:
+            FormatError: `q` is inconsistent or not representable as stored.
+        """
+        module = cls(TensorEntry.of(q), device="meta")
+        module.load_parts("QTensor", pack(q))
+        module.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., in] to [..., out] of the type of `x`."""
+        return ops.linear(x, self.packed(), self.bias)
+
+
+class QuantizedEmbedding(PackedModule):
+    """`nn.Embedding` over packed weights [rows, in]: decodes only the rows asked for."""
+
+    output_like: Tensor
+
+    def __init__(
+        self,
+        entry: TensorEntry,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Uninitialized; `dtype` is the type of the output."""
+        super().__init__(entry, device)
+        # An empty buffer whose only property is a type: it follows `module.to(dtype)` and is never saved.
+        self.register_buffer("output_like", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    @classmethod
+    def from_qtensor(cls, q: QTensor, dtype: torch.dtype = torch.float32) -> QuantizedEmbedding:
+        """The module that looks up rows of `q` and returns them as `dtype`.
+
+        Raises:
+            FormatError: `q` is inconsistent or not representable as stored.
+        """
+        module = cls(TensorEntry.of(q), dtype)
+        module.load_parts("QTensor", pack(q))
+        return module
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """Type of the output."""
+        return self.output_like.dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows `ids` (any shape), [*ids.shape, in]."""
+        return ops.embedding(ids, self.packed(), self.output_dtype)
+
+
+class TiedLinear(nn.Module):
+    """A head [rows, in] that multiplies by a quantized embedding's weight and owns no tensor of its own."""
+
+    def __init__(self, embedding: QuantizedEmbedding) -> None:
+        """Share `embedding`; it must stay part of the same model, which moves and saves it."""
+        super().__init__()
+        self.out_features, self.in_features = embedding.out_features, embedding.in_features
+        # In a tuple, the embedding is no submodule: its buffers appear once in the state dict.
+        self._shared = (embedding,)
+
+    @property
+    def embedding(self) -> QuantizedEmbedding:
+        """The embedding whose weight this head uses."""
+        return self._shared[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., in] to [..., rows] of the type of `x`."""
+        return ops.linear(x, self.embedding.packed())
+
+    def extra_repr(self) -> str:
+        """Sizes, as printed in the model."""
+        return f"{self.in_features}, {self.out_features}, tied"

@@ -1,0 +1,180 @@
+"""The operators `bitwright::linear` and `bitwright::embedding`: schema, checks, shapes, choice of kernel.
+
+Every call passes the checks below before a kernel sees a pointer: kernels may assume the layout of
+`formats.native`. What only values can break (outlier indices, NaN) is refused once, when a model is loaded.
+
+A kernel for a device replaces the reference through `set_linear_kernel` or `set_embedding_kernel`; it
+receives checked arguments and may itself fall back to `reference` for cases it does not cover. The schema is
+functional and has a fake (shape-only) version, so that `torch.compile` and `torch.export` see one node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import FormatError
+from bitwright.formats.native import TensorEntry, check_layout
+from bitwright.numeric.spec import SCALE_DTYPES
+from bitwright.runtime import reference
+from bitwright.runtime.reference import PackedWeight
+
+LinearKernel = Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
+EmbeddingKernel = Callable[[Tensor, PackedWeight, torch.dtype], Tensor]
+
+_WEIGHT = (
+    "Tensor weight_packed, Tensor weight_scale, Tensor? weight_zero, "
+    "Tensor? outlier_ptr, Tensor? outlier_idx, Tensor? outlier_val"
+)
+_LAYOUT = "int bits, int group_size, int in_features"
+
+_LIBRARY = torch.library.Library("bitwright", "DEF")
+_LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, {_LAYOUT}) -> Tensor")
+_LIBRARY.define(f"embedding(Tensor ids, {_WEIGHT}, {_LAYOUT}, ScalarType dtype) -> Tensor")
+
+# Device type -> kernel; `reference` serves every device that is not here.
+_linear_kernels: dict[str, LinearKernel] = {}
+_embedding_kernels: dict[str, EmbeddingKernel] = {}
+
+
+def set_linear_kernel(device_type: str, kernel: LinearKernel | None) -> None:
+    """Use `kernel` for `bitwright::linear` on `device_type` ("cpu", "cuda"); None: the reference again."""
+    if kernel is None:
+        _linear_kernels.pop(device_type, None)
+    else:
+        _linear_kernels[device_type] = kernel
+
+
+def set_embedding_kernel(device_type: str, kernel: EmbeddingKernel | None) -> None:
+    """Use `kernel` for `bitwright::embedding` on `device_type`; None: the reference again."""
+    if kernel is None:
+        _embedding_kernels.pop(device_type, None)
+    else:
+        _embedding_kernels[device_type] = kernel
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """`x` [..., in] times the transposed quantized weight, plus `bias` [out]: [..., out] of the type of `x`.
+
+    Raises:
+        FormatError: a tensor of `weight` does not have the layout of the native format.
+        ValueError: `x` or `bias` does not fit `weight`.
+    """
+    result: Tensor = torch.ops.bitwright.linear(
+        x, *_tensors(weight), bias, weight.bits, weight.group_size, weight.in_features
+    )
+    return result
+
+
+def embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Rows `ids` (int32 or int64, any shape) of the quantized weight: [*ids.shape, in] of `dtype`.
+
+    Raises:
+        FormatError: a tensor of `weight` does not have the layout of the native format.
+        ValueError: `ids` are not integers or on another device.
+        IndexError: an id is outside the weight's rows.
+    """
+    result: Tensor = torch.ops.bitwright.embedding(
+        ids, *_tensors(weight), weight.bits, weight.group_size, weight.in_features, dtype
+    )
+    return result
+
+
+def _tensors(weight: PackedWeight) -> list[Tensor | None]:
+    """The six tensors of `weight` in the order of the schema."""
+    return [getattr(weight, field.name) for field in fields(weight)[:6]]
+
+
+def _linear(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor | None,
+    outlier_ptr: Tensor | None,
+    outlier_idx: Tensor | None,
+    outlier_val: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    *,
+    fake: bool,
+) -> Tensor:
+    tensors = (weight_packed, weight_scale, weight_zero, outlier_ptr, outlier_idx, outlier_val)
+    weight = PackedWeight(*tensors, bits, group_size, in_features)
+    _check_weight(weight, x.device)
+    _check_linear(x, weight, bias)
+    if fake:
+        return x.new_empty((*x.shape[:-1], weight.out_features))
+    return _linear_kernels.get(x.device.type, reference.linear)(x, weight, bias)
+
+
+def _embedding(
+    ids: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor | None,
+    outlier_ptr: Tensor | None,
+    outlier_idx: Tensor | None,
+    outlier_val: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+    *,
+    fake: bool,
+) -> Tensor:
+    tensors = (weight_packed, weight_scale, weight_zero, outlier_ptr, outlier_idx, outlier_val)
+    weight = PackedWeight(*tensors, bits, group_size, in_features)
+    _check_weight(weight, ids.device)
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"bitwright::embedding: ids are {ids.dtype}, needed int32 or int64")
+    if fake:
+        return ids.new_empty((*ids.shape, in_features), dtype=dtype)
+    return _embedding_kernels.get(ids.device.type, reference.embedding)(ids, weight, dtype)
+
+
+def _check_weight(weight: PackedWeight, device: torch.device) -> None:
+    """Refuse tensors that are not the layout of the entry they themselves imply, or on another device."""
+    present = {field.name: getattr(weight, field.name) for field in fields(weight)[:6]}
+    stored: dict[str, Tensor] = {name: tensor for name, tensor in present.items() if tensor is not None}
+    for name, tensor in stored.items():
+        if tensor.device != device:
+            raise ValueError(f"bitwright: {name} is on {tensor.device}, needed {device} as the input")
+        if not tensor.is_contiguous():
+            raise FormatError(f"bitwright: {name} has strides {tensor.stride()}, needed a contiguous tensor")
+    if weight.weight_packed.dim() != 2 or weight.weight_scale.dtype not in SCALE_DTYPES.values():
+        raise FormatError(
+            f"bitwright: weight_packed has {weight.weight_packed.dim()} axes and weight_scale is "
+            f"{weight.weight_scale.dtype}, needed 2 axes and float16, bfloat16 or float32"
+        )
+    outliers = 0 if weight.outlier_val is None else weight.outlier_val.numel()
+    entry = TensorEntry(weight.spec, (weight.out_features, weight.in_features), outliers)
+    check_layout("bitwright", stored, entry)
+
+
+def _check_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
+    if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != weight.in_features:
+        raise ValueError(
+            f"bitwright::linear: x is {x.dtype} {list(x.shape)}, needed floats [..., {weight.in_features}]"
+        )
+    if bias is not None and (tuple(bias.shape) != (weight.out_features,) or bias.device != x.device):
+        raise ValueError(
+            f"bitwright::linear: bias is {list(bias.shape)} on {bias.device}, "
+            f"needed [{weight.out_features}] on {x.device}"
+        )
+
+
+def _no_gradient(ctx: object, *gradients: Tensor) -> None:
+    raise NotImplementedError("bitwright operators have no backward; run quantized models under torch.no_grad()")
+
+
+for _name, _function in (("linear", _linear), ("embedding", _embedding)):
+    # One implementation for all devices: the checks come first, then the table above chooses the kernel.
+    _LIBRARY.impl(_name, partial(_function, fake=False), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bitwright::{_name}", partial(_function, fake=True), lib=_LIBRARY)
+    torch.library.register_autograd(f"bitwright::{_name}", _no_gradient, lib=_LIBRARY)

@@ -1,0 +1,81 @@
+"""The contract of every rounding: on-grid weights return exactly, the result is deterministic and as stored."""
+
+import pytest
+import torch
+
+from bitwright.numeric.outliers import NoOutliers, NSigma
+from bitwright.numeric.spec import WeightSpec
+from bitwright.ranges import Minmax, Mse
+from bitwright.rounding import nearest
+from bitwright.rounding.nearest import quantize_nearest, row_chunks
+
+
+def matrix(out: int = 48, width: int = 80, seed: int = 0) -> torch.Tensor:
+    return torch.randn(out, width, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_weights_on_the_grid_return_exactly(bits: int, symmetric: bool) -> None:
+    spec = WeightSpec(bits=bits, group_size=16, symmetric=symmetric)
+    generator = torch.Generator().manual_seed(bits)
+    steps = torch.randint(0, spec.max_code + 1, (24, 32), generator=generator)
+    steps[:, ::16], steps[:, 1::16] = 0, spec.max_code  # every group reaches both ends of its grid
+    zero = spec.centre
+    weight = 2.0**-6 * (steps - zero)
+    for settings in (Minmax(), Mse()):
+        result = quantize_nearest(weight, None, spec, settings, NoOutliers())
+        assert torch.equal(result.dequantize(), weight)
+
+
+def test_outliers_return_exactly_at_float16_precision() -> None:
+    weight = matrix()
+    weight[5, 7], weight[40, 0] = 3.0, -2.0
+    result = quantize_nearest(weight, None, WeightSpec(bits=3, group_size=16), Mse(), NSigma(n=4))
+    assert result.outliers is not None
+    error = (result.dequantize() - weight).abs()
+    assert error[5, 7] < 2e-3
+    assert error[40, 0] < 2e-3
+    assert result.validate("w") is result
+
+
+def test_everything_kept_apart_is_lossless_to_float16() -> None:
+    weight = matrix()
+    result = quantize_nearest(weight, None, WeightSpec(bits=2), Minmax(), NSigma(n=1e-9, max_share=1.0))
+    assert result.outliers is not None
+    assert result.outliers.count == weight.numel()
+    assert torch.allclose(result.dequantize(), weight, atol=2e-4)
+
+
+def test_the_result_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, spec, policy = matrix(), WeightSpec(bits=4, group_size=32), NSigma(n=2.5)
+    whole = quantize_nearest(weight, None, spec, Mse(), policy)
+    monkeypatch.setattr(nearest, "CHUNK_WEIGHTS", 160)
+    assert len(row_chunks((48, 80))) == 24
+    parts = quantize_nearest(weight, None, spec, Mse(), policy)
+    assert torch.equal(whole.codes, parts.codes)
+    assert torch.equal(whole.dequantize(), parts.dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_float_type(dtype: torch.dtype) -> None:
+    weight = matrix().to(dtype)
+    spec = WeightSpec(bits=8, group_size=16)
+    result = quantize_nearest(weight, None, spec, Minmax(), NoOutliers())
+    assert torch.allclose(result.dequantize(), weight.float(), atol=2e-3)
+
+
+def test_importance_moves_error_away_from_what_matters() -> None:
+    weight = matrix(64, 64)
+    importance = torch.ones(1, 64)
+    importance[0, :8] = 100.0
+    spec = WeightSpec(bits=3, group_size=64)
+    plain = quantize_nearest(weight, None, spec, Mse(), NoOutliers()).dequantize() - weight
+    weighed = quantize_nearest(weight, importance, spec, Mse(), NoOutliers()).dequantize() - weight
+    assert weighed[:, :8].square().sum() < plain[:, :8].square().sum()
+
+
+def test_rows_slice_like_the_tensor() -> None:
+    result = quantize_nearest(matrix(), None, WeightSpec(bits=4, group_size=16), Mse(), NSigma(n=2))
+    rows = slice(10, 23)
+    assert torch.equal(result.rows(rows).dequantize(), result.dequantize()[rows])

@@ -1,0 +1,99 @@
+"""The command line as a user meets it: status, tables, JSON, and errors without tracebacks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bitwright.cli as cli
+
+EVALUATION_KEYS = {
+    "perplexity", "float_perplexity", "kl_mean_nats", "kl_p99_nats", "top1_agreement", "delta_ln_ppl",
+    "delta_ln_ppl_low", "delta_ln_ppl_high", "bits_per_weight", "bytes", "windows", "protocol", "seconds",
+    "peak_rss_bytes",
+}  # fmt: skip
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["bitwright", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return int(stopped.value.code or 0)
+
+
+def test_the_whole_journey(
+    tiny_llama_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, out = str(tiny_llama_folder), str(tmp_path / "out")
+    recipe = ("--method", "easyquant", "--scheme", "w4a16g32")
+    report = tmp_path / "report.json"
+    assert run(monkeypatch, "plan", model, *recipe, "--json", str(report)) == 0
+    assert json.loads(report.read_text())["estimate"]["workers"] >= 1
+    assert "easyquant w4g32-asym" in capsys.readouterr().out
+    assert run(monkeypatch, "quantize", model, *recipe, "-o", out, "--json", str(report)) == 0
+    assert json.loads(report.read_text())["bits_per_weight"] < 6
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    measure = ("--against", model, "--text", str(text), "--windows", "3", "--length", "32")
+    assert run(monkeypatch, "eval", out, *measure, "--json", str(report)) == 0
+    measured = json.loads(report.read_text())
+    assert measured.keys() >= EVALUATION_KEYS
+    assert measured["kl_mean_nats"] > 0
+    assert measured["windows"] == 3
+    assert run(monkeypatch, "inspect", out, "--verify") == 0
+    assert run(monkeypatch, "generate", out, "The quick", "--tokens", "3") == 0
+    assert run(monkeypatch, "methods") == 0
+    assert "easyquant-paper" in capsys.readouterr().out
+
+
+def test_verify_finds_a_flipped_bit(
+    tiny_llama_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    assert run(monkeypatch, "quantize", str(tiny_llama_folder), "-m", "rtn", "-s", "w4a16", "-o", str(out)) == 0
+    shard = out / "model-00002-of-00004.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert run(monkeypatch, "inspect", str(out), "--verify") == 3
+    assert "model-00002-of-00004.safetensors: SHA-256" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("plan", "/nowhere", "-m", "rtn", "-s", "w4a16"), "not found"),
+        (("plan", "MODEL", "-m", "rtx", "-s", "w4a16"), "did you mean 'rtn'"),
+        (("plan", "MODEL", "-m", "rtn", "-s", "w4b16"), "scheme 'w4b16'"),
+        (("plan", "MODEL", "-m", "rtn", "-s", "w4a16", "--set", "sed=1"), "did you mean 'seed'"),
+        (("plan", "MODEL", "-m", "rtn", "-s", "w4a4"), "4-bit activations"),
+        (("inspect", "MODEL"), "no manifest.json"),
+        (("eval", "MODEL", "--text", "/nowhere.txt"), "/nowhere.txt"),
+    ],
+)
+def test_refusals_are_one_message_and_status_two(
+    tiny_llama_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    said: str,
+) -> None:
+    filled = [str(tiny_llama_folder) if argument == "MODEL" else argument for argument in arguments]
+    assert run(monkeypatch, *filled) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert said in shown
+    assert "Traceback" not in shown
+
+
+def test_the_installed_command_answers() -> None:
+    result = subprocess.run([sys.executable, "-m", "bitwright", "--help"], capture_output=True, text=True, check=True)
+    for command in ("plan", "quantize", "eval", "inspect", "generate", "methods"):
+        assert command in result.stdout

@@ -1,0 +1,91 @@
+"""The house itself: imports point one way, files and functions keep their size, the public names are pinned."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "bitwright"
+
+# A room may import rooms of a lower floor, and itself. From the ground up:
+FLOORS = [
+    {"errors", "__about__"},
+    {"numeric"},
+    {"models", "ranges", "formats"},
+    {"rounding", "calibration", "execute", "runtime"},
+    {"recipe", "checkpoint"},
+    {"plan", "inspect", "generate"},
+    {"machine", "evaluate"},
+    {"pipeline"},
+    {"__init__"},
+    {"console"},
+    {"cli"},
+    {"__main__"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports_of(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "bitwright":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {"__init__" for alias in node.names if alias.name == "bitwright"}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_one_way(path: Path) -> None:
+    room = room_of(path)
+    assert room in FLOOR, f"{room} is a new room: give it a floor"
+    for other in imports_of(ast.parse(path.read_text())) & FLOOR.keys():
+        assert other == room or FLOOR[other] < FLOOR[room], f"{path.name} ({room}) imports {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_rooms_stay_small(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    assert path.stem not in ("utils", "helpers", "misc", "common")
+    assert len(path.relative_to(SOURCE).parts) <= 2
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 62, f"{node.name} is long"
+
+
+def test_public_names_are_pinned() -> None:
+    import bitwright
+
+    assert sorted(bitwright.__all__) == [
+        "BitwrightError",
+        "CheckpointError",
+        "EvalOptions",
+        "EvaluationError",
+        "FallbackError",
+        "FormatError",
+        "Inspection",
+        "Method",
+        "Plan",
+        "PlanError",
+        "Recipe",
+        "RecipeError",
+        "ResumeError",
+        "Rule",
+        "Scheme",
+        "Summary",
+        "WeightError",
+        "__version__",
+        "eval",
+        "generate",
+        "inspect",
+        "plan",
+        "quantize",
+    ]
+    assert all(hasattr(bitwright, name) for name in bitwright.__all__)

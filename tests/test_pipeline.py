@@ -1,0 +1,226 @@
+"""The spine: same bytes whatever the workers or interruptions; nothing lost on errors; artefacts load and run."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import bitwright
+from bitwright import pipeline
+from bitwright.errors import CheckpointError, PlanError, ResumeError, WeightError
+from bitwright.machine import Estimate, check_machine
+
+RECIPE = {"method": "easyquant", "scheme": "w4a16g32"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "out"
+    bitwright.quantize(str(tiny_llama_folder), out, **RECIPE, workers=1)
+    return out
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_do_not_change_a_byte(finished: Path, tiny_llama_folder: Path, tmp_path: Path, workers: int) -> None:
+    bitwright.quantize(str(tiny_llama_folder), tmp_path / "out", **RECIPE, workers=workers)
+    assert contents(tmp_path / "out") == contents(finished)
+
+
+def test_the_artefact_is_complete_and_loads(finished: Path, tiny_llama_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert bitwright.inspect(finished, verify=True).complaints == []
+    model = AutoModelForCausalLM.from_pretrained(finished, dtype=torch.float32)
+    original = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float32)
+    ids = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        ours, theirs = model(ids).logits, original(ids).logits
+    assert 0 < (ours - theirs).norm() < 0.5 * theirs.norm()
+    names = [name for name, _ in model.named_buffers()]
+    assert "model.layers.0.self_attn.q_proj.weight_packed" in names
+    manifest = json.loads((finished / "manifest.json").read_text())
+    record = next(r for r in manifest["tensors"] if r["tensor"].endswith("0.mlp.up_proj.weight"))
+    assert record["sqnr_db"] > 18
+    assert record["fallbacks"] == []
+
+
+def test_sqnr_rises_six_db_per_bit(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    previous = 0.0
+    for bits in (2, 3, 4, 6, 8):
+        summary = bitwright.quantize(
+            str(tiny_llama_folder), tmp_path / str(bits), method="rtn", scheme=f"w{bits}a16g16"
+        )
+        worst = min(r["sqnr_db"] for r in summary.records if r["action"] == "quantize")
+        assert worst > previous + 4
+        previous = worst
+    assert previous > 40
+
+
+def test_a_finished_job_is_left_alone_and_another_is_refused(finished: Path, tiny_llama_folder: Path) -> None:
+    before = contents(finished)
+    again = bitwright.quantize(str(tiny_llama_folder), finished, **RECIPE)
+    assert again.resumed_shards == 4
+    with pytest.raises(ResumeError, match="recipe"):
+        bitwright.quantize(str(tiny_llama_folder), finished, method="rtn", scheme="w4a16")
+    assert contents(finished) == before
+
+
+class Stop(Exception):
+    """Raised in a test to end a run in the middle."""
+
+
+def interrupt_after(shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, count = pipeline.write_shard, 0
+
+    def write(*arguments, **keywords):
+        nonlocal count
+        count += 1
+        if count > shards:
+            raise Stop
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(pipeline, "write_shard", write)
+
+
+@pytest.mark.parametrize("shards", [0, 1, 3])
+def test_resume_gives_the_same_bytes(
+    finished: Path, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        interrupt_after(shards, patch)
+        with pytest.raises(Stop):
+            bitwright.quantize(str(tiny_llama_folder), out, **RECIPE)
+    assert not out.exists()
+    # What a crash may leave: a torn journal line, a half-written file, a shard without a line.
+    partial = tmp_path / "out.partial"
+    with (partial / "journal.jsonl").open("a") as journal:
+        journal.write('{"shard": "model-0000')
+    (partial / "output" / "model-00003-of-00004.safetensors.tmp").write_bytes(b"half")
+    summary = bitwright.quantize(str(tiny_llama_folder), out, **RECIPE)
+    assert summary.resumed_shards == shards
+    assert contents(out) == contents(finished)
+    assert not partial.exists()
+
+
+def test_a_damaged_finished_shard_is_made_again(
+    finished: Path, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        with pytest.raises(Stop):
+            bitwright.quantize(str(tiny_llama_folder), out, **RECIPE)
+    shard = tmp_path / "out.partial" / "output" / "model-00001-of-00004.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    assert bitwright.quantize(str(tiny_llama_folder), out, **RECIPE).resumed_shards == 1
+    assert contents(out) == contents(finished)
+
+
+@pytest.mark.parametrize("change", ["recipe", "seed", "source"])
+def test_a_changed_job_is_refused_not_mixed(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in tiny_llama_folder.iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    with monkeypatch.context() as patch:
+        interrupt_after(1, patch)
+        with pytest.raises(Stop):
+            bitwright.quantize(str(source), tmp_path / "out", **RECIPE)
+    arguments: dict = dict(RECIPE)
+    if change == "source":
+        weights = load_file(source / "model.safetensors")
+        save_file({name: weight * 2 for name, weight in weights.items()}, source / "model.safetensors")
+    else:
+        arguments["overrides"] = ["outliers.n=2.5"] if change == "recipe" else ["seed=1"]
+    with pytest.raises(ResumeError, match=f"{change}.*--restart"):
+        bitwright.quantize(str(source), tmp_path / "out", **arguments)
+    bitwright.quantize(str(source), tmp_path / "out", **arguments, restart=True)
+    assert bitwright.inspect(tmp_path / "out", verify=True).complaints == []
+
+
+def test_kill_nine_at_random_points(finished: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """Real processes, really killed: the journal and the published folder survive anything."""
+    out = tmp_path / "out"
+    script = (
+        "import sys, time; from bitwright import pipeline, quantize; real = pipeline.process_row\n"
+        "def slow(*a):\n    time.sleep(0.02)\n    return real(*a)\n"
+        "pipeline.process_row = slow; print('ready', flush=True)\n"
+        f"quantize({str(tiny_llama_folder)!r}, {str(out)!r}, method='easyquant', scheme='w4a16g32')"
+    )
+    chance = random.Random(0)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for attempt in range(4):
+        with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            if attempt < 3:
+                time.sleep(0.05 + 0.3 * chance.random())
+                process.send_signal(signal.SIGKILL)
+            process.wait()
+        if attempt < 3 and out.exists():
+            break
+    assert contents(out) == contents(finished)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("tensor", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_nan_and_inf_are_refused_with_the_tensors_name(
+    tiny_llama_folder: Path, tmp_path: Path, bad: float, tensor: str
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in tiny_llama_folder.iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    weights = load_file(source / "model.safetensors")
+    weights[tensor].view(-1)[3] = bad
+    save_file(weights, source / "model.safetensors")
+    with pytest.raises(WeightError, match=rf"{tensor}: 1 of \d+ values are NaN or Inf"):
+        bitwright.quantize(str(source), tmp_path / "out", **RECIPE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_truncated_shards_are_refused_before_any_work(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in tiny_llama_folder.iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    shard = source / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="truncated"):
+        bitwright.quantize(str(source), tmp_path / "out", **RECIPE)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_jobs_too_big_for_the_machine_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="of disk"):
+        check_machine(Estimate(1.0, 0, 1 << 60, 1), tmp_path / "out")
+    with pytest.raises(PlanError, match=r"of memory.*--workers"):
+        check_machine(Estimate(1.0, 1 << 60, 0, 8), tmp_path / "out")
+
+
+def test_quantized_embeddings_and_heads(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = tmp_path / "all.toml"
+    path.write_text('method="rtn"\nscheme="w8a16g32"\nrules=[{match="lm_head"}, {match="model.embed_tokens"}]')
+    bitwright.quantize(str(tiny_llama_folder), tmp_path / "out", recipe=path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    original = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float32)
+    ids = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        assert (model(ids).logits - original(ids).logits).norm() < 0.02 * original(ids).logits.norm()
