@@ -49,13 +49,17 @@ def fit(
     for iteration in range(settings.iterations + 1):
         codes = encode(weights, scale.unsqueeze(1), zero.unsqueeze(1), spec)
         residual = weights - decode(codes, scale.unsqueeze(1), zero.unsqueeze(1))
-        error = objective(residual, settings.power, inliers)
+        magnitude = residual.abs()
+        # |r|**(p - 1) serves both the objective, |r| times it, and the shrinkage; pow is the dearest step here.
+        slope = magnitude.clamp_min(1e-30).pow_(settings.power - 1)
+        cost = magnitude * slope
+        error = (cost if inliers is None else cost.mul_(inliers)).sum(dim=1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
         if iteration == settings.iterations:
             break
-        target = weights - _shrink(residual, beta, settings.power)
+        target = weights - magnitude.sub_(slope.div_(beta)).clamp_min_(0).mul_(residual.sign_())
         if spec.symmetric:
             steps = codes - zero.unsqueeze(1)
             moved = (steps * target).sum(dim=1) / steps.square().sum(dim=1).clamp_min(1e-30)
@@ -75,10 +79,3 @@ def objective(residual: Tensor, power: float, inliers: Tensor | None) -> Tensor:
 def _span(weights: Tensor, scale: Tensor, zero: Tensor, spec: WeightSpec) -> tuple[Tensor, Tensor]:
     ends = torch.stack([-zero * scale, (spec.max_code - zero) * scale])
     return ends.amin(dim=0).unsqueeze(1), ends.amax(dim=0).unsqueeze(1)
-
-
-def _shrink(residual: Tensor, beta: float, power: float) -> Tensor:
-    """Generalised soft threshold, the proximal step of the `power` norm."""
-    magnitude = residual.abs()
-    threshold = magnitude.clamp_min(1e-30).pow(power - 1) / beta
-    return torch.sign(residual) * (magnitude - threshold).clamp_min_(0)

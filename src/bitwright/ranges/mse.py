@@ -46,31 +46,58 @@ class MseAdam(Settings):
 
 
 class _Best:
-    """The best stored grid of each row so far; the oracle `_error` decides, on stored scales and zeros."""
+    """The best stored grid of each row so far, judged by its squared error.
 
-    def __init__(self, weights: Tensor, weighing: Tensor | None, scale: Tensor, zero: Tensor, max_code: int):
+    One pair of buffers serves every evaluation: fresh temporaries of this size would be mapped and faulted in
+    anew each time, which costs as much as the arithmetic.
+    """
+
+    def __init__(self, weights: Tensor, weighing: Tensor | None, max_code: int):
         self.weights, self.weighing, self.max_code = weights, weighing, max_code
-        self.scale, self.zero = scale, zero
-        self.error, self.steps = self._evaluate(scale, zero)
+        self.steps, self._residual = torch.empty_like(weights), torch.empty_like(weights)
+        self.error = torch.full_like(weights[:, 0], torch.inf)
+        self.scale = self.zero = torch.zeros_like(self.error)
 
-    def _evaluate(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        """(weighted squared error [n], code - zero [n, width]) of a grid per row."""
-        zero = zero.unsqueeze(1)
-        steps = torch.addcmul(zero, self.weights, (1 / scale).unsqueeze(1))
-        steps.round_().clamp_(0, self.max_code).sub_(zero)
-        residual = torch.addcmul(self.weights, steps, scale.unsqueeze(1), value=-1)
-        if self.weighing is None:
-            return residual.square_().sum(dim=1), steps
-        return residual.square_().mul_(self.weighing).sum(dim=1), steps
-
-    def offer(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """Keep the grid where it beats the best so far; returns its steps (code - zero)."""
-        error, steps = self._evaluate(scale, zero)
+    def offer(self, scale: Tensor, zero: Tensor) -> None:
+        """Keep the grid where it beats the best so far; `steps` (code - zero) are this grid's afterwards."""
+        error = self._evaluate(scale, zero)
         better = error < self.error
         self.error = torch.where(better, error, self.error)
         self.scale = torch.where(better, scale, self.scale)
         self.zero = torch.where(better, zero, self.zero)
-        return steps
+
+    def _evaluate(self, scale: Tensor, zero: Tensor) -> Tensor:
+        """Weighted squared error [n] of one grid per row."""
+        steps, residual, zero = self.steps, self._residual, zero.unsqueeze(1)
+        # Division, as in `grid.encode`: a product with the reciprocal would round some ties the other way.
+        torch.div(self.weights, scale.unsqueeze(1), out=steps)
+        steps.add_(zero).round_().clamp_(0, self.max_code).sub_(zero)
+        torch.addcmul(self.weights, steps, scale.unsqueeze(1), value=-1, out=residual)
+        residual.square_()
+        if self.weighing is not None:
+            residual.mul_(self.weighing)
+        return residual.sum(dim=1)
+
+    def least_squares_scale(self, scale: Tensor) -> Tensor:
+        """`<steps, w> / <steps, steps>`; the old scale where every step is zero or the sign would flip."""
+        weighted = self._weighted_steps()
+        numerator = torch.mul(weighted, self.weights).sum(dim=1)
+        denominator = weighted.mul_(self.steps).sum(dim=1)
+        result = numerator / denominator
+        return torch.where((denominator > 0) & (result * scale > 0), result, scale)
+
+    def _weighted_steps(self) -> Tensor:
+        if self.weighing is None:
+            return self._residual.copy_(self.steps)
+        return torch.mul(self.steps, self.weighing, out=self._residual)
+
+    def least_squares_zero(self, scale: Tensor, zero: Tensor) -> Tensor:
+        """The zero that centres the residuals of fixed codes: `mean(code - w / scale)`."""
+        offset = torch.div(self.weights, scale.unsqueeze(1), out=self._residual).neg_().add_(self.steps)
+        if self.weighing is None:
+            return zero + offset.mean(dim=1)
+        total = self.weighing.sum(dim=1)
+        return torch.where(total > 0, zero + offset.mul_(self.weighing).sum(dim=1) / total, zero)
 
 
 def fit(
@@ -78,19 +105,17 @@ def fit(
 ) -> tuple[Tensor, Tensor]:
     """(scale [n], zero [n]) of least squared error over the inliers of each row of `weights` [n, width]."""
     low, high = minmax.extremes(weights, inliers)
-    weighing = _weighing(inliers, importance)
-    scale, zero = minmax.span(low, high, spec)
-    best = _Best(weights, weighing, scale, zero, spec.max_code)
-    for shrink in torch.linspace(1.0, settings.smallest, settings.candidates).tolist()[1:]:
+    best = _Best(weights, _weighing(inliers, importance), spec.max_code)
+    for shrink in torch.linspace(1.0, settings.smallest, settings.candidates).tolist():
         best.offer(*minmax.span(low * shrink, high * shrink, spec))
-    steps = best.offer(best.scale, best.zero)
     scale, zero = best.scale, best.zero
+    best.offer(scale, zero)
     for _ in range(settings.updates):
         if not spec.symmetric:
-            zero = stored_zero(_least_squares_zero(weights, weighing, steps, zero, scale), spec)
-            steps = best.offer(scale, zero)
-        scale = stored_scale(_least_squares_scale(weights, weighing, steps, scale), spec)
-        steps = best.offer(scale, zero)
+            zero = stored_zero(best.least_squares_zero(scale, zero), spec)
+            best.offer(scale, zero)
+        scale = stored_scale(best.least_squares_scale(scale), spec)
+        best.offer(scale, zero)
     return best.scale, best.zero
 
 
@@ -98,24 +123,6 @@ def _weighing(inliers: Tensor | None, importance: Tensor | None) -> Tensor | Non
     if inliers is None:
         return importance
     return inliers.float() if importance is None else importance * inliers
-
-
-def _least_squares_scale(weights: Tensor, weighing: Tensor | None, steps: Tensor, scale: Tensor) -> Tensor:
-    """`<steps, w> / <steps, steps>` for each row; the old scale where every step is zero or the sign flips."""
-    weighted = steps if weighing is None else steps * weighing
-    numerator = (weighted * weights).sum(dim=1)
-    denominator = (weighted * steps).sum(dim=1)
-    result = numerator / denominator
-    return torch.where((denominator > 0) & (result * scale > 0), result, scale)
-
-
-def _least_squares_zero(weights: Tensor, weighing: Tensor | None, steps: Tensor, zero: Tensor, scale: Tensor) -> Tensor:
-    """The zero that centres the residuals of fixed codes: `mean(code) - mean(w) / scale`."""
-    residual = steps - weights / scale.unsqueeze(1)
-    if weighing is None:
-        return zero + residual.mean(dim=1)
-    total = weighing.sum(dim=1)
-    return torch.where(total > 0, zero + (residual * weighing).sum(dim=1) / total, zero)
 
 
 def fit_adam(
