@@ -18,12 +18,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import bitwright
 import torch
+from torch import Tensor, nn
+
+import bitwright
 from bitwright.calibration.text import load_text
 from bitwright.checkpoint.load import load_model
 from bitwright.evaluate import EvalOptions, Evaluation, evaluate_model
-from torch import Tensor, nn
 
 SCHEMES = ("w4a16g64", "w4a16", "w3a16g64")
 METHODS = ("rtn", "easyquant", "hqq", "easyquant-paper")
@@ -35,9 +36,11 @@ class Remembered:
     """The float model, run once per window."""
 
     def __init__(self, model: Callable[[Tensor], Any]):
+        """Nothing is run yet."""
         self.model, self.logits = model, {}
 
     def __call__(self, ids: Tensor) -> Tensor:
+        """Logits of one window."""
         key = tuple(ids[0, :32].tolist())
         if key not in self.logits:
             self.logits[key] = self.model(ids).logits
@@ -48,7 +51,7 @@ def ours(method: str, scheme: str) -> tuple[nn.Module, float, float, float]:
     """(packed model, bits per weight, bytes, seconds) of the whole journey."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        summary = bitwright.quantize("demo", out, method=method, scheme=scheme)
+        summary = bitwright.quantize("demo", out, method, scheme)
         return load_model(str(out)).model, summary.bits_per_weight, summary.bytes, summary.seconds
 
 
@@ -88,10 +91,10 @@ def rows() -> Iterator[tuple[str, str, Callable[[], tuple[nn.Module, float, floa
 
 def line(method: str, scheme: str, bits: float, seconds: float, found: Evaluation) -> str:
     """One table row."""
+    interval = f"[{found.delta_ln_ppl_low or float('nan'):.4f}, {found.delta_ln_ppl_high or float('nan'):.4f}]"
     return (
         f"| {method} | {scheme} | {bits:.3f} | {found.perplexity:.3f} | {found.kl_mean_nats:.4f} | "
-        f"{found.kl_p99_nats:.2f} | {found.top1_agreement:.2%} | {found.delta_ln_ppl:.4f} "
-        f"[{found.delta_ln_ppl_low or float('nan'):.4f}, {found.delta_ln_ppl_high or float('nan'):.4f}] | {seconds:.1f} |"
+        f"{found.kl_p99_nats:.2f} | {found.top1_agreement:.2%} | {found.delta_ln_ppl:.4f} {interval} | {seconds:.1f} |"
     )
 
 
@@ -119,7 +122,9 @@ def main() -> None:
             continue
         found = evaluate_model(model, base.tokenizer, text, reference=reference, options=options)
         print(line(method, scheme, bits, seconds, found), flush=True)
-        results.append({"method": method, "scheme": scheme, **found.to_json(), "bits_per_weight": bits, "bytes": nbytes})
+        results.append(
+            {"method": method, "scheme": scheme, **found.to_json(), "bits_per_weight": bits, "bytes": nbytes}
+        )
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1))
     print(f"float perplexity {results[0]['float_perplexity']:.3f}; {results[0]['protocol']}")

@@ -10,10 +10,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import bitwright
-from bitwright.console import console, duration, progress_bar, size
-from bitwright.evaluate import EvalOptions
 from rich.table import Table
+
+import bitwright
+from bitwright.console import console, duration, progress_bar, show_expectation, size
+from bitwright.evaluate import EvalOptions
 
 METHOD, SCHEME = "easyquant", "w4a16g64"
 OUT = Path("demo-out")
@@ -24,15 +25,13 @@ OPTIONS = EvalOptions(windows=6, length=1024)
 def main() -> None:
     """Run the whole journey."""
     started = time.perf_counter()
-    plan = bitwright.plan("demo", method=METHOD, scheme=SCHEME)
+    plan = bitwright.plan("demo", METHOD, SCHEME)
     with progress_bar("quantizing") as bar:
-        summary = bitwright.quantize(
-            "demo",
-            OUT,
-            method=METHOD,
-            scheme=SCHEME,
+        options = bitwright.RunOptions(
+            announce=show_expectation,
             progress=lambda what, done, total: bar.update(bar.task_ids[0], completed=done, total=total, what=what),
         )
+        summary = bitwright.quantize("demo", OUT, METHOD, SCHEME, options=options)
     with progress_bar("evaluating") as bar:
         evaluation = bitwright.eval(
             str(OUT),

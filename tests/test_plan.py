@@ -9,13 +9,13 @@ import bitwright
 from bitwright.checkpoint.source import HuggingFaceSource, Source
 from bitwright.errors import CheckpointError, PlanError
 from bitwright.plan import make_plan
-from bitwright.recipe import Recipe, resolve_recipe
+from bitwright.recipe import Recipe, load_recipe
 
 
 def recipe(tmp_path: Path, text: str) -> Recipe:
     path = tmp_path / "recipe.toml"
     path.write_text(text)
-    return resolve_recipe(file=path)
+    return load_recipe(file=path)
 
 
 def test_no_weights_are_read(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ class FakeSource(Source):
 
 def test_checkpoints_that_do_not_fit_their_config(tiny_llama_folder: Path) -> None:
     base = HuggingFaceSource(tiny_llama_folder)
-    wanted = resolve_recipe("rtn", "w4a16")
+    wanted = load_recipe("rtn", "w4a16")
     with pytest.raises(PlanError, match=r"config.json says 1 blocks"):
         make_plan(FakeSource(base, num_hidden_layers=1), wanted)
     with pytest.raises(PlanError, match=r"no weight for model.layers.2"):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bitwright.errors import RecipeError
-from bitwright.recipe import Recipe, Scheme, load_method, method_names, resolve_recipe, weight_spec
+from bitwright.recipe import Recipe, Scheme, load_method, load_recipe, method_names, weight_spec
 
 
 @pytest.mark.parametrize("text", ["w4a16g64", "w3a16", "w8a16g128-sym", "w2a16g16-asym", "w4a8kv4g32", "w4a16kv8"])
@@ -30,7 +30,7 @@ def test_presets() -> None:
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("tail", ["", "g16", "g128", "g64-sym", "-asym"])
 def test_every_preset_takes_every_scheme(name: str, bits: int, tail: str) -> None:
-    recipe = resolve_recipe(name, f"w{bits}a16{tail}")
+    recipe = load_recipe(name, f"w{bits}a16{tail}")
     assert recipe.method is not None
     assert recipe.scheme is not None
     spec = weight_spec(recipe.method, recipe.scheme, recipe.scale_dtype)
@@ -40,12 +40,12 @@ def test_every_preset_takes_every_scheme(name: str, bits: int, tail: str) -> Non
 
 
 def test_overrides_reach_the_method_with_or_without_its_name() -> None:
-    recipe = resolve_recipe("easyquant", "w4a16g64", overrides=["outliers.n=2.5", "method.range.updates=1", "seed=7"])
+    recipe = load_recipe("easyquant", "w4a16g64", overrides=["outliers.n=2.5", "method.range.updates=1", "seed=7"])
     assert recipe.method is not None
     assert recipe.method.outliers.n == 2.5  # type: ignore[union-attr]
     assert recipe.method.range.updates == 1  # type: ignore[union-attr]
     assert recipe.seed == 7
-    other = resolve_recipe("easyquant", "w4a16g64", overrides=["outliers.name=none", "scheme=w3a16"])
+    other = load_recipe("easyquant", "w4a16g64", overrides=["outliers.name=none", "scheme=w3a16"])
     assert other.method is not None
     assert other.method.outliers.name == "none"
     assert str(other.scheme) == "w3a16"
@@ -66,7 +66,7 @@ def test_overrides_reach_the_method_with_or_without_its_name() -> None:
 )
 def test_unknown_or_impossible_overrides_are_refused_by_name(override: str, named: str) -> None:
     with pytest.raises(RecipeError, match=named):
-        resolve_recipe("easyquant", "w4a16g64", overrides=[override])
+        load_recipe("easyquant", "w4a16g64", overrides=[override])
 
 
 def test_a_file_with_rules(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_file_with_rules(tmp_path: Path) -> None:
         keep = true
         """
     )
-    recipe = resolve_recipe(file=path)
+    recipe = load_recipe(file=path)
     assert [rule.match for rule in recipe.rules] == ["*.down_proj", "*.layers.0.*"]
     assert str(recipe.rules[0].scheme) == "w4a16g32"
 
@@ -107,23 +107,23 @@ def test_bad_files_are_refused_with_file_and_key(tmp_path: Path, text: str, name
     path = tmp_path / "bad.toml"
     path.write_text(text)
     with pytest.raises(RecipeError, match=named):
-        resolve_recipe(file=path)
+        load_recipe(file=path)
     with pytest.raises(RecipeError, match="cannot be read"):
-        resolve_recipe(file=tmp_path / "absent.toml")
+        load_recipe(file=tmp_path / "absent.toml")
 
 
 def test_what_to_do_must_be_said_once() -> None:
     with pytest.raises(RecipeError, match="not both"):
-        resolve_recipe("rtn", "w4a16", file="x.toml")
+        load_recipe("rtn", "w4a16", file="x.toml")
     with pytest.raises(RecipeError, match="easyquant-paper"):
-        resolve_recipe("rtn")
+        load_recipe("rtn")
 
 
 def test_identity_changes_with_any_setting() -> None:
-    base = resolve_recipe("easyquant", "w4a16g64")
-    assert base.sha256() == resolve_recipe("easyquant", "w4a16g64").sha256()
+    base = load_recipe("easyquant", "w4a16g64")
+    assert base.sha256() == load_recipe("easyquant", "w4a16g64").sha256()
     for override in ("seed=1", "outliers.n=2.9", "kept_dtype=source", "scheme=w4a16g32"):
-        assert base.sha256() != resolve_recipe("easyquant", "w4a16g64", overrides=[override]).sha256()
+        assert base.sha256() != load_recipe("easyquant", "w4a16g64", overrides=[override]).sha256()
     with pytest.raises(Exception, match="frozen"):
         base.seed = 3  # type: ignore[misc]
     assert Recipe.model_validate(base.model_dump()) == base

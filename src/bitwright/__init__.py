@@ -1,7 +1,7 @@
 """bitwright: post-training quantization of large language models.
 
     import bitwright
-    bitwright.quantize("demo", "out", method="easyquant", scheme="w4a16g64")
+    bitwright.quantize("demo", "out", "easyquant", "w4a16g64")
     bitwright.eval("out", against="demo")
 
 Importing bitwright also teaches `transformers` to load what it makes:
@@ -13,7 +13,6 @@ from bitwright.errors import (
     BitwrightError,
     CheckpointError,
     EvaluationError,
-    FallbackError,
     FormatError,
     PlanError,
     RecipeError,
@@ -24,9 +23,9 @@ from bitwright.evaluate import EvalOptions
 from bitwright.evaluate.quality import eval
 from bitwright.generate import generate
 from bitwright.inspect import Inspection, inspect
-from bitwright.pipeline import Summary, quantize
+from bitwright.pipeline import RunOptions, Summary, quantize
 from bitwright.plan import Plan, plan
-from bitwright.recipe import Method, Recipe, Rule, Scheme
+from bitwright.recipe import Method, Recipe, Rule, Scheme, load_recipe
 from bitwright.runtime.huggingface import register
 
 register()
@@ -36,7 +35,6 @@ __all__ = [
     "CheckpointError",
     "EvalOptions",
     "EvaluationError",
-    "FallbackError",
     "FormatError",
     "Inspection",
     "Method",
@@ -46,6 +44,7 @@ __all__ = [
     "RecipeError",
     "ResumeError",
     "Rule",
+    "RunOptions",
     "Scheme",
     "Summary",
     "WeightError",
@@ -53,6 +52,7 @@ __all__ = [
     "eval",
     "generate",
     "inspect",
+    "load_recipe",
     "plan",
     "quantize",
 ]

@@ -16,13 +16,11 @@ import typer
 import bitwright
 from bitwright import console as show
 from bitwright.calibration.text import Layout
-from bitwright.checkpoint.source import open_source
 from bitwright.errors import BitwrightError
 from bitwright.evaluate import EvalOptions
 from bitwright.evaluate.perplexity import Protocol
 from bitwright.machine import estimate
-from bitwright.plan import make_plan
-from bitwright.recipe import load_method, method_names, resolve_recipe
+from bitwright.recipe import load_method, method_names
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,7 +57,7 @@ def plan(
     json_file: JsonOption = None,
 ) -> None:
     """Show what quantizing would do, without reading any weight."""
-    made = make_plan(open_source(model), resolve_recipe(method, scheme, recipe, overrides or ()))
+    made = bitwright.plan(model, recipe=bitwright.load_recipe(method, scheme, recipe, overrides or ()))
     needs = estimate(made, workers)
     show.show_plan(made, needs, rows)
     _write_json(json_file, made.to_json() | {"estimate": vars(needs)})
@@ -78,18 +76,15 @@ def quantize(
     json_file: JsonOption = None,
 ) -> None:
     """Quantize a model; a run that was stopped continues when started again."""
+    wanted = bitwright.load_recipe(method, scheme, recipe, overrides or ())
     with show.progress_bar("quantizing") as bar:
-        summary = bitwright.quantize(
-            model,
-            out,
-            method=method,
-            scheme=scheme,
-            recipe=recipe,
-            overrides=overrides or (),
+        options = bitwright.RunOptions(
             workers=workers,
             restart=restart,
+            announce=show.show_expectation,
             progress=lambda what, done, total: bar.update(bar.task_ids[0], completed=done, total=total, what=what),
         )
+        summary = bitwright.quantize(model, out, recipe=wanted, options=options)
     show.show_summary(summary)
     _write_json(json_file, summary.to_json())
 
@@ -166,5 +161,7 @@ def main() -> None:
         show.error_console.print("interrupted; run the same command again to continue")
         sys.exit(130)
     except OSError as error:
-        show.error_console.print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
+        show.error_console.print(f"[bold red]{type(error).__name__}[/]", highlight=False, end=": ")
+        remedy = "; what was finished is kept: mend this and run the same command again"
+        show.error_console.print(f"{error}{remedy}", highlight=False, markup=False)
         sys.exit(2)

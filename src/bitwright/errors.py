@@ -7,7 +7,6 @@
     ├── WeightError       weights that cannot be quantized (NaN, Inf, out of the scale's range)
     ├── FormatError       a quantized artefact that does not follow its byte specification
     ├── ResumeError       an output folder that belongs to another job
-    ├── FallbackError     more fallbacks than the recipe allows
     └── EvaluationError   a measurement that would not mean what it claims
 
 A message says four things: which tensor, file or key; what was found; what was needed; what to do about it.
@@ -43,10 +42,6 @@ class FormatError(BitwrightError):
 
 class ResumeError(BitwrightError):
     """An output folder that belongs to another job."""
-
-
-class FallbackError(BitwrightError):
-    """More fallbacks than the recipe allows."""
 
 
 class EvaluationError(BitwrightError):

@@ -29,15 +29,12 @@ from bitwright.checkpoint.source import Source, open_source
 from bitwright.errors import FormatError, ResumeError, WeightError
 from bitwright.execute.local import default_workers, ordered_map
 from bitwright.formats.native import FORMAT_VERSION, TensorEntry, pack, quantization_config, unpack
-from bitwright.machine import check_machine, estimate, peak_rss_bytes
+from bitwright.machine import Estimate, check_machine, estimate, peak_rss_bytes
 from bitwright.numeric.measure import sqnr_db, squared_error
 from bitwright.numeric.qtensor import QTensor
 from bitwright.plan import Plan, Row, make_plan
-from bitwright.recipe import resolve_recipe
+from bitwright.recipe import Recipe, as_recipe
 from bitwright.rounding.nearest import CHUNK_WEIGHTS, quantize_nearest, row_chunks
-
-Progress = Callable[[str, int, int], None]
-"""Called with what just finished, weights done so far, and weights in all."""
 
 
 @dataclass(frozen=True)
@@ -85,23 +82,36 @@ def bits_per_weight(records: Sequence[Mapping[str, Any]]) -> float:
     return 8 * sum(record["bytes"] for record in quantized) / weights if weights else math.nan
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run a job; nothing here changes a byte of its result."""
+
+    workers: int | None = None
+    """Threads that share the tensors; None: all processors."""
+    restart: bool = False
+    """Discard an unfinished run instead of continuing it."""
+    announce: Callable[[Plan, Estimate], None] | None = None
+    """Called once, with the plan and what it is expected to need, before any work."""
+    progress: Callable[[str, int, int], None] | None = None
+    """Called with what just finished, weights done so far, and weights in all."""
+
+
+_DEFAULTS = RunOptions()
+
+
 def quantize(
     model: str,
     out: str | Path,
-    *,
     method: str | None = None,
     scheme: str | None = None,
-    recipe: str | Path | None = None,
-    overrides: Sequence[str] = (),
-    workers: int | None = None,
-    restart: bool = False,
-    progress: Progress | None = None,
+    *,
+    recipe: Recipe | str | Path | None = None,
+    options: RunOptions = _DEFAULTS,
 ) -> Summary:
     """Quantize `model` into the folder `out`.
 
-    The first five arguments after `out` are those of `plan`. `workers` threads share the tensors (default:
-    all processors); the result does not depend on how many. An unfinished run of the same job is continued
-    unless `restart`; a finished one is left as it is.
+    The other arguments are those of `plan`. An unfinished run of the same job is continued; a finished one is
+    left as it is.
 
     Raises:
         RecipeError, PlanError, CheckpointError: before any work; see `plan`.
@@ -111,22 +121,21 @@ def quantize(
     started = time.perf_counter()
     out = Path(out)
     source = open_source(model)
-    plan = make_plan(source, resolve_recipe(method, scheme, recipe, overrides))
+    plan = make_plan(source, as_recipe(recipe, method, scheme))
     job = _job(source, plan)
     if out.exists():
         return _already_done(out, job, started)
-    workers = workers or default_workers()
-    check_machine(estimate(plan, workers), out)
-    with Journal(out, job, restart) as journal:
+    workers = options.workers or default_workers()
+    needs = estimate(plan, workers)
+    check_machine(needs, out)
+    if options.announce is not None:
+        options.announce(plan, needs)
+    with Journal(out, job, options.restart) as journal:
         resumed = len(journal.done)
-        _quantize_units(source, plan, journal, workers, progress or _silent)
+        _quantize_units(source, plan, journal, workers, options.progress)
         records = _finish(source, plan, journal, job)
         journal.publish()
     return Summary(out, records, time.perf_counter() - started, peak_rss_bytes(), resumed)
-
-
-def _silent(label: str, done: int, total: int) -> None:
-    pass
 
 
 def _job(source: Source, plan: Plan) -> dict[str, Any]:
@@ -160,7 +169,9 @@ def _already_done(out: Path, job: dict[str, Any], started: float) -> Summary:
     return Summary(out, records, time.perf_counter() - started, peak_rss_bytes(), len(manifest["shards"]))
 
 
-def _quantize_units(source: Source, plan: Plan, journal: Journal, workers: int, progress: Progress) -> None:
+def _quantize_units(
+    source: Source, plan: Plan, journal: Journal, workers: int, progress: Callable[[str, int, int], None] | None
+) -> None:
     """Write every shard that the journal does not have yet."""
     todo = [index for index in range(len(plan.units)) if plan.shard_name(index) not in journal.done]
     total = sum(row.weights for row in plan.rows())
@@ -175,7 +186,8 @@ def _quantize_units(source: Source, plan: Plan, journal: Journal, workers: int, 
             parts.update(row_parts)
             records.append(record)
             done += row.weights
-            progress(f"{unit.label}: {row.tensor}", done, total)
+            if progress is not None:
+                progress(row.tensor, done, total)
         name = plan.shard_name(index)
         sha256 = write_shard(journal.output / name, parts, {"format": "pt", "bitwright": str(FORMAT_VERSION)})
         journal.record(name, sha256, records)

@@ -8,7 +8,7 @@ bounds memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,7 +24,7 @@ from bitwright.models import adapter_for
 from bitwright.models.adapter import Adapter, block_count
 from bitwright.numeric.outliers import NoOutliers, NSigma
 from bitwright.numeric.spec import WeightSpec
-from bitwright.recipe import Method, Recipe, Rule, Scheme, resolve_recipe, weight_spec
+from bitwright.recipe import Method, Recipe, Rule, Scheme, as_recipe, weight_spec
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -140,11 +140,10 @@ class Plan:
 
 def plan(
     model: str,
-    *,
     method: str | None = None,
     scheme: str | None = None,
-    recipe: str | Path | None = None,
-    overrides: Sequence[str] = (),
+    *,
+    recipe: Recipe | str | Path | None = None,
 ) -> Plan:
     """What quantizing `model` would do, from its headers alone.
 
@@ -152,15 +151,14 @@ def plan(
         model: a Hugging Face folder, a hub id, a `.gguf` file, or `demo`.
         method: a preset, such as `easyquant`; needs `scheme`, such as `w4a16g64`.
         scheme: see `method`.
-        recipe: a TOML file instead of the two.
-        overrides: `key=value` changes to the recipe.
+        recipe: a Recipe (see `load_recipe`) or the name of a TOML file, instead of the two.
 
     Raises:
         RecipeError: the recipe cannot mean anything.
         CheckpointError: the model cannot be read.
         PlanError: the recipe cannot be applied to the model; every reason is listed.
     """
-    return make_plan(open_source(model), resolve_recipe(method, scheme, recipe, overrides))
+    return make_plan(open_source(model), as_recipe(recipe, method, scheme))
 
 
 def make_plan(source: Source, recipe: Recipe) -> Plan:

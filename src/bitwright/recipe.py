@@ -178,7 +178,7 @@ def weight_spec(method: Method, scheme: Scheme, scale_dtype: Literal["float16", 
     )
 
 
-def resolve_recipe(
+def load_recipe(
     method: str | None = None,
     scheme: str | None = None,
     file: str | Path | None = None,
@@ -210,6 +210,15 @@ def resolve_recipe(
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_explain(error, Recipe)}") from error
+
+
+def as_recipe(recipe: Recipe | str | Path | None, method: str | None, scheme: str | None) -> Recipe:
+    """`recipe` itself, its file read, or `method` times `scheme`."""
+    if isinstance(recipe, Recipe):
+        if method is not None or scheme is not None:
+            raise RecipeError("give either a recipe or a method and a scheme, not both")
+        return recipe
+    return load_recipe(method, scheme, recipe)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

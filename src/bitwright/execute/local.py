@@ -21,7 +21,7 @@ def default_workers() -> int:
 
 
 def ordered_map(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int = 1
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int = 2
 ) -> Iterator[Result]:
     """Results of `function` over `items`, in order, computed by `workers` threads.
 
