@@ -28,7 +28,7 @@ def main() -> None:
     plan = bitwright.plan("demo", METHOD, SCHEME)
     with progress_bar("quantizing") as bar:
         options = bitwright.RunOptions(
-            announce=show_expectation,
+            announce=lambda plan, needs: show_expectation(plan, needs, bar.console),
             progress=lambda what, done, total: bar.update(bar.task_ids[0], completed=done, total=total, what=what),
         )
         summary = bitwright.quantize("demo", OUT, METHOD, SCHEME, options=options)

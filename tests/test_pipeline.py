@@ -81,6 +81,18 @@ def test_a_finished_job_is_left_alone_and_another_is_refused(finished: Path, tin
     assert contents(finished) == before
 
 
+def test_a_finished_job_of_other_weights_is_refused(finished: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in tiny_llama_folder.iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    weights = load_file(source / "model.safetensors")
+    weights["model.norm.weight"][0] += 1  # a fine-tuned sibling: same names, same shapes
+    save_file(weights, source / "model.safetensors")
+    with pytest.raises(ResumeError, match=r"source tensor model\.norm\.weight"):
+        bitwright.quantize(str(source), finished, **RECIPE)
+
+
 class Stop(Exception):
     """Raised in a test to end a run in the middle."""
 

@@ -81,10 +81,15 @@ def quantize(
         options = bitwright.RunOptions(
             workers=workers,
             restart=restart,
-            announce=show.show_expectation,
+            announce=lambda plan, needs: show.show_expectation(plan, needs, bar.console),
             progress=lambda what, done, total: bar.update(bar.task_ids[0], completed=done, total=total, what=what),
         )
-        summary = bitwright.quantize(model, out, recipe=wanted, options=options)
+        try:
+            summary = bitwright.quantize(model, out, recipe=wanted, options=options)
+        except KeyboardInterrupt:
+            bar.stop()
+            show.error_console.print("interrupted; run the same command again to continue")
+            raise typer.Exit(130) from None
     show.show_summary(summary)
     _write_json(json_file, summary.to_json())
 
@@ -157,9 +162,6 @@ def main() -> None:
         show.error_console.print(f"[bold red]{type(error).__name__}[/]", highlight=False, end=": ")
         show.error_console.print(str(error), highlight=False, markup=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        show.error_console.print("interrupted; run the same command again to continue")
-        sys.exit(130)
     except OSError as error:
         show.error_console.print(f"[bold red]{type(error).__name__}[/]", highlight=False, end=": ")
         remedy = "; what was finished is kept: mend this and run the same command again"

@@ -69,12 +69,12 @@ def show_plan(plan: Plan, needs: Estimate, every_row: bool) -> None:
         bits = f"{8 * nbytes / weights:.3f}" if weights else ""
         table.add_row(label, shape, rows[0].rule, _becomes(rows[0]), str(len(rows)), bits, size(nbytes))
     console.print(table)
-    show_expectation(plan, needs)
+    show_expectation(plan, needs, console)
 
 
-def show_expectation(plan: Plan, needs: Estimate) -> None:
+def show_expectation(plan: Plan, needs: Estimate, on: Console) -> None:
     """One line: what becomes of the bytes, and what the job will need."""
-    console.print(
+    on.print(
         f"{size(plan.source_bytes)} become about {size(plan.bytes)}. Expected with {needs.workers} workers: "
         f"{duration(needs.seconds)}, peak memory {size(needs.peak_rss_bytes)}, disk {size(needs.disk_bytes)}.",
         highlight=False,

@@ -14,7 +14,6 @@ import torch
 
 from bitwright.errors import PlanError
 from bitwright.execute.local import default_workers
-from bitwright.numeric.outliers import NoOutliers
 from bitwright.plan import Plan, Row
 from bitwright.rounding.nearest import CHUNK_WEIGHTS, quantize_nearest
 
@@ -71,7 +70,7 @@ def _seconds_per_weight(row: Row) -> float:
     torch.set_num_threads(1)
     try:
         started = time.perf_counter()
-        quantize_nearest(tile, None, row.spec, row.method.range, NoOutliers())
+        quantize_nearest(tile, None, row.spec, row.method.range, row.method.outliers)
         return (time.perf_counter() - started) / tile.numel()
     finally:
         torch.set_num_threads(threads)

@@ -24,7 +24,7 @@ from torch import Tensor
 from bitwright import __about__
 from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.manifest import read_manifest, write_manifest
-from bitwright.checkpoint.shard import read_header, write_shard, write_text
+from bitwright.checkpoint.shard import read_header, tensor_sha256, write_shard, write_text
 from bitwright.checkpoint.source import Source, open_source
 from bitwright.errors import FormatError, ResumeError, WeightError
 from bitwright.execute.local import default_workers, ordered_map
@@ -123,9 +123,9 @@ def quantize(
     source = open_source(model)
     plan = make_plan(source, as_recipe(recipe, method, scheme))
     job = _job(source, plan)
-    if out.exists():
-        return _already_done(out, job, started)
     workers = options.workers or default_workers()
+    if out.exists():
+        return _already_done(out, source, job, workers, started)
     needs = estimate(plan, workers)
     check_machine(needs, out)
     if options.announce is not None:
@@ -151,21 +151,26 @@ def _job(source: Source, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _already_done(out: Path, job: dict[str, Any], started: float) -> Summary:
-    """The summary of a finished `out` that is this very job's."""
+def _already_done(out: Path, source: Source, job: dict[str, Any], workers: int, started: float) -> Summary:
+    """The summary of a finished `out` that is this very job's, down to the source's every value."""
     try:
         manifest = read_manifest(out) if out.is_dir() else None
     except FormatError:
         manifest = None
     if manifest is None:
         raise ResumeError(f"{out}: exists and is not a bitwright result; choose another folder or remove it")
+    records = manifest["tensors"]
     changed = [key for key in ("source", "recipe", "seed") if manifest["job"].get(key) != job[key]]
+    if not changed:
+        read = [record for record in records if "source_sha256" in record]
+        sums = ordered_map(lambda record: tensor_sha256(source.read(record["tensor"])), read, workers)
+        pairs = zip(read, sums, strict=True)
+        changed = [f"source tensor {record['tensor']}" for record, found in pairs if found != record["source_sha256"]]
     if changed:
         raise ResumeError(
-            f"{out}: already holds the result of another job (other {', '.join(changed)}); "
+            f"{out}: already holds the result of another job (other {', '.join(changed[:3])}); "
             "choose another folder or remove it"
         )
-    records = manifest["tensors"]
     return Summary(out, records, time.perf_counter() - started, peak_rss_bytes(), len(manifest["shards"]))
 
 
@@ -210,6 +215,7 @@ def process_row(source: Source, row: Row) -> tuple[dict[str, Tensor], dict[str, 
     if row.action == "tied":
         return {}, record
     tensor = source.read(row.tensor)
+    record["source_sha256"] = tensor_sha256(tensor)
     _check_finite(tensor, row.tensor)
     try:
         parts, details = _keep(tensor, row) if row.action == "keep" else _quantize(tensor, row)

@@ -194,6 +194,11 @@ def write_text(path: Path, content: str) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def tensor_sha256(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's values."""
+    return hashlib.sha256(_bytes_of(tensor)).hexdigest()
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:

@@ -133,11 +133,7 @@ def unpack(name: str, stored: Mapping[str, Tensor], entry: TensorEntry) -> QTens
     scale = stored["weight_scale"].float()
     grid = Grid(scale, unpack_zero(stored.get("weight_zero"), scale, spec.bits), spec)
     codes = unpack_rows(stored["weight_packed"], spec.bits, in_features)
-    outliers = None
-    if entry.outliers:
-        pointer, column = stored["outlier_ptr"].to(torch.int64), stored["outlier_idx"].to(torch.int64)
-        outliers = Outliers(pointer, column, stored["outlier_val"].float())
-    return QTensor(codes, grid, outliers).validate(name)
+    return QTensor(codes, grid, _outliers(stored) if entry.outliers else None)
 
 
 def unpack_zero(stored: Tensor | None, scale: Tensor, bits: int) -> Tensor:
@@ -193,30 +189,18 @@ def check_parts(name: str, stored: Mapping[str, Tensor], entry: TensorEntry) -> 
     for part, words, n in streams:
         if has_padding_bits(words, spec.bits, n):
             raise FormatError(f"{name}.{part}: padding bits are set, needed zeros; the file is damaged")
-    for part in ("weight_scale", "weight_zero", "outlier_val"):
+    for part in ("weight_scale", "weight_zero"):
         values = stored.get(part)
         if values is not None and values.is_floating_point() and not bool(torch.isfinite(values).all()):
             raise FormatError(f"{name}.{part}: holds NaN or Inf, needed finite values; the file is damaged")
     if entry.outliers:
-        _check_outliers(name, stored["outlier_ptr"].to(torch.int64), stored["outlier_idx"].to(torch.int64), entry)
+        _outliers(stored).validate(name, entry.shape)
 
 
-def _check_outliers(name: str, pointer: Tensor, column: Tensor, entry: TensorEntry) -> None:
-    """Refuse pointers that do not rise from 0 to the count; columns out of range, repeated or unsorted."""
-    out_features, in_features = entry.shape
-    lengths = pointer.diff()
-    # The lengths must be known non-negative before they are repeated below.
-    if int(pointer[0]) != 0 or int(pointer[-1]) != entry.outliers or bool((lengths < 0).any()):
-        raise FormatError(
-            f"{name}.outlier_ptr: runs from {int(pointer[0])} to {int(pointer[-1])}, "
-            f"needed values rising from 0 to the {entry.outliers} outliers; the file is damaged"
-        )
-    low, high = int(column.min()), int(column.max())
-    if low < 0 or high >= in_features:
-        raise FormatError(f"{name}.outlier_idx: columns {low}..{high}, needed 0..{in_features - 1}")
-    rows = torch.repeat_interleave(torch.arange(out_features, device=lengths.device), lengths)
-    if bool((column.diff()[rows.diff() == 0] <= 0).any()):
-        raise FormatError(f"{name}.outlier_idx: needed ascending columns without repeats within a row")
+def _outliers(stored: Mapping[str, Tensor]) -> Outliers:
+    """The stored outliers, not yet checked."""
+    pointer, column = stored["outlier_ptr"].to(torch.int64), stored["outlier_idx"].to(torch.int64)
+    return Outliers(pointer, column, stored["outlier_val"].float())
 
 
 def _exactly(what: str, values: Tensor, dtype: torch.dtype) -> Tensor:

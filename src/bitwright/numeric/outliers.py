@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bitwright.errors import WeightError
+from bitwright.errors import FormatError, WeightError
 from bitwright.numeric.settings import Settings
 
 
@@ -74,6 +74,34 @@ class Outliers:
         pointer = self.row_pointer[rows.start : rows.stop + 1]
         first, last = int(pointer[0]), int(pointer[-1])
         return Outliers(pointer - first, self.column[first:last], self.residual[first:last])
+
+    def validate(self, name: str, shape: tuple[int, int]) -> Outliers:
+        """Self, if it fits a matrix of `shape` (out, in).
+
+        Raises:
+            FormatError: impossible pointers, columns or values; `name` is in the message.
+        """
+        pointer, column = self.row_pointer, self.column
+        if pointer.numel() != shape[0] + 1:
+            raise FormatError(f"{name}.outlier_ptr: {pointer.numel()} row pointers, needed {shape[0] + 1}")
+        if int(pointer[0]) != 0 or int(pointer[-1]) != self.count or bool((pointer.diff() < 0).any()):
+            raise FormatError(
+                f"{name}.outlier_ptr: runs from {int(pointer[0])} to {int(pointer[-1])}, "
+                f"needed values rising from 0 to the {self.count} outliers"
+            )
+        if self.residual.numel() != self.count:
+            raise FormatError(f"{name}.outlier_val: {self.residual.numel()} values for {self.count} columns")
+        if not bool(torch.isfinite(self.residual).all()):
+            raise FormatError(f"{name}.outlier_val: holds NaN or Inf, needed finite values")
+        if self.count == 0:
+            return self
+        low, high = int(column.min()), int(column.max())
+        if low < 0 or high >= shape[1]:
+            raise FormatError(f"{name}.outlier_idx: columns {low}..{high}, needed 0..{shape[1] - 1}")
+        same_row = self.rows().diff() == 0
+        if bool((column.diff()[same_row] <= 0).any()):
+            raise FormatError(f"{name}.outlier_idx: needed ascending columns without repeats within a row")
+        return self
 
     def rows(self) -> Tensor:
         """Row of each outlier, int64 [count]."""

@@ -62,27 +62,5 @@ class QTensor:
         if self.codes.numel() and int(self.codes.max()) > spec.max_code:
             raise FormatError(f"{name}: code {int(self.codes.max())} is above {spec.max_code} ({spec.bits} bits)")
         if self.outliers is not None:
-            _validate_outliers(name, self.outliers, out_features, in_features)
+            self.outliers.validate(name, self.shape)
         return self
-
-
-def _validate_outliers(name: str, outliers: Outliers, out_features: int, in_features: int) -> None:
-    pointer, column = outliers.row_pointer, outliers.column
-    if pointer.numel() != out_features + 1:
-        raise FormatError(f"{name}: {pointer.numel()} outlier row pointers, needed {out_features + 1}")
-    if int(pointer[0]) != 0 or int(pointer[-1]) != column.numel() or bool((pointer.diff() < 0).any()):
-        raise FormatError(f"{name}: outlier row pointers must rise from 0 to the number of outliers, {column.numel()}")
-    if outliers.residual.numel() != column.numel():
-        raise FormatError(f"{name}: {outliers.residual.numel()} outlier values for {column.numel()} columns")
-    if column.numel() == 0:
-        return
-    if int(column.min()) < 0 or int(column.max()) >= in_features:
-        raise FormatError(
-            f"{name}: outlier column {int(column.max() if column.max() >= in_features else column.min())} "
-            f"is outside 0..{in_features - 1}"
-        )
-    same_row = outliers.rows().diff() == 0
-    if bool((column.diff()[same_row] <= 0).any()):
-        raise FormatError(f"{name}: outlier columns must be ascending and unique within a row")
-    if not bool(torch.isfinite(outliers.residual).all()):
-        raise FormatError(f"{name}: outlier values hold NaN or Inf")
