@@ -24,8 +24,9 @@ from torch import Tensor
 from bitwright import __about__
 from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.manifest import read_manifest, write_manifest
+from bitwright.checkpoint.open import open_source
 from bitwright.checkpoint.shard import read_header, tensor_sha256, write_shard, write_text
-from bitwright.checkpoint.source import Source, open_source
+from bitwright.checkpoint.source import Source
 from bitwright.errors import FormatError, ResumeError, WeightError
 from bitwright.execute.local import default_workers, ordered_map
 from bitwright.formats.native import FORMAT_VERSION, TensorEntry, pack, quantization_config, unpack

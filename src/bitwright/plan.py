@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 import torch
 
+from bitwright.checkpoint.open import open_source
 from bitwright.checkpoint.shard import NAMES, TensorInfo
-from bitwright.checkpoint.source import Source, open_source
+from bitwright.checkpoint.source import Source
 from bitwright.errors import PlanError
 from bitwright.formats.native import TensorEntry, packed_bytes
 from bitwright.models import adapter_for

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from bitwright.checkpoint.gguf import GgufSource
 from bitwright.checkpoint.gguf_file import read_gguf_header
 from bitwright.checkpoint.load import load_model
+from bitwright.checkpoint.open import open_source
 from bitwright.checkpoint.quiet import quiet_transformers
-from bitwright.checkpoint.source import open_source
 from bitwright.errors import CheckpointError
 
 

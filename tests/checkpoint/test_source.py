@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bitwright.checkpoint.open import open_source
 from bitwright.checkpoint.shard import read_header, read_tensor, write_shard
-from bitwright.checkpoint.source import HuggingFaceSource, open_source
+from bitwright.checkpoint.source import HuggingFaceSource
 from bitwright.errors import CheckpointError
 
 TENSORS = {

@@ -11,7 +11,7 @@ from bitwright.checkpoint import demo
 from bitwright.checkpoint.demo import DemoSource
 from bitwright.checkpoint.gguf import GgufSource
 from bitwright.checkpoint.load import load_model
-from bitwright.checkpoint.source import open_source
+from bitwright.checkpoint.open import open_source
 from bitwright.errors import CheckpointError
 from bitwright.models import adapter_for, block_count
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitwright.checkpoint.open import open_source
 from bitwright.checkpoint.quiet import quiet_transformers
-from bitwright.checkpoint.source import HuggingFaceSource, Source, open_source
+from bitwright.checkpoint.source import HuggingFaceSource, Source
 from bitwright.errors import CheckpointError
 
 if TYPE_CHECKING:

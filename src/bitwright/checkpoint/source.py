@@ -1,13 +1,9 @@
-"""Sources: where the float weights come from. Headers are read at once, tensors one at a time.
-
-A MODEL is named as users name it: a Hugging Face folder, a hub id, a `.gguf` file, or `demo`.
-"""
+"""Sources: where the float weights come from. Headers are read at once, tensors one at a time."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -30,7 +26,6 @@ SIDE_FILES = (
     "chat_template*",
     "generation_config.json",
 )
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Source(ABC):
@@ -145,39 +140,3 @@ def _read_json(path: Path, why: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds {type(content).__name__}, needed an object")
     return content
-
-
-def open_source(model: str) -> Source:
-    """The source that `model` names: `demo`, a `.gguf` file, a folder, or a hub id (`owner/name`).
-
-    Raises:
-        CheckpointError: nothing of that name can be read; the message lists what was tried.
-    """
-    if model == "demo":
-        from bitwright.checkpoint.demo import DemoSource
-
-        return DemoSource()
-    path = Path(model)
-    if path.suffix == ".gguf":
-        from bitwright.checkpoint.gguf import GgufSource
-
-        return GgufSource(path)
-    if path.is_dir():
-        return HuggingFaceSource(path)
-    if path.exists():
-        raise CheckpointError(f"{model}: a file, but not a .gguf; name the folder that holds config.json")
-    if _HUB_ID.fullmatch(model):
-        return HuggingFaceSource(_download(model), label=model)
-    raise CheckpointError(f"{model}: not found; needed a folder, a .gguf file, a hub id (owner/name) or 'demo'")
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(hub_id, allow_patterns=["config.json", "*.safetensors*", *SIDE_FILES])
-    except Exception as error:
-        raise CheckpointError(
-            f"{hub_id}: no such folder here, and the hub gave {type(error).__name__}: {error}"
-        ) from error
-    return Path(folder)

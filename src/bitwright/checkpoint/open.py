@@ -1,0 +1,46 @@
+"""Which source a MODEL names: a Hugging Face folder, a hub id, a `.gguf` file, or `demo`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from bitwright.checkpoint.demo import DemoSource
+from bitwright.checkpoint.gguf import GgufSource
+from bitwright.checkpoint.source import SIDE_FILES, HuggingFaceSource, Source
+from bitwright.errors import CheckpointError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def open_source(model: str) -> Source:
+    """The source that `model` names: `demo`, a `.gguf` file, a folder, or a hub id (`owner/name`).
+
+    Raises:
+        CheckpointError: nothing of that name can be read; the message lists what was tried.
+    """
+    if model == "demo":
+        return DemoSource()
+    path = Path(model)
+    if path.suffix == ".gguf":
+        return GgufSource(path)
+    if path.is_dir():
+        return HuggingFaceSource(path)
+    if path.exists():
+        raise CheckpointError(f"{model}: a file, but not a .gguf; name the folder that holds config.json")
+    if _HUB_ID.fullmatch(model):
+        return HuggingFaceSource(_download(model), label=model)
+    raise CheckpointError(f"{model}: not found; needed a folder, a .gguf file, a hub id (owner/name) or 'demo'")
+
+
+def _download(hub_id: str) -> Path:
+    # Imported here: the hub client takes a second to load, and most models are folders.
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(hub_id, allow_patterns=["config.json", "*.safetensors*", *SIDE_FILES])
+    except Exception as error:
+        raise CheckpointError(
+            f"{hub_id}: no such folder here, and the hub gave {type(error).__name__}: {error}"
+        ) from error
+    return Path(folder)
