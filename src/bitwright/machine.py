@@ -19,7 +19,8 @@ from bitwright.rounding.nearest import CHUNK_WEIGHTS, quantize_nearest
 
 # Seconds per byte of reading, hashing and syncing, on a plain disk of 1 GB/s: only matters beside fast methods.
 _SECONDS_PER_BYTE = 1e-9
-_TRIAL_ROWS_BYTES = 4 * CHUNK_WEIGHTS
+# Float temporaries of a range search for each thread: the chunk, its buffers, its outlier masks.
+_THREAD_BYTES = 16 * 4 * CHUNK_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,18 @@ def estimate(plan: Plan, workers: int | None = None) -> Estimate:
             if key not in speed:
                 speed[key] = _seconds_per_weight(row)
             seconds += row.weights * speed[key] / min(workers, default_workers())
-    working = sorted((_working_bytes(row) for row in plan.rows()), reverse=True)
+    # One tensor in work, two read ahead, one unit of results on its way to disk.
+    working = max((_working_bytes(row) for row in plan.rows()), default=0)
+    waiting = sum(sorted((row.source_bytes for row in plan.rows()), reverse=True)[:2])
     finished = max((sum(row.bytes for row in unit.rows) for unit in plan.units), default=0)
-    peak = current_rss_bytes() + sum(working[: workers + 1]) + finished
+    peak = current_rss_bytes() + working + waiting + finished + workers * _THREAD_BYTES
     return Estimate(seconds, peak, plan.bytes, workers)
 
 
 def _working_bytes(row: Row) -> int:
-    """Memory of one tensor in flight: its source, and its codes, packed words and float chunks, or its copy."""
+    """Memory of one tensor in work: its source, and its codes (twice, to verify) and packed words, or its copy."""
     if row.action == "quantize":
-        return row.source_bytes + 2 * row.weights + row.bytes + 16 * _TRIAL_ROWS_BYTES
+        return row.source_bytes + 2 * row.weights + row.bytes
     return row.source_bytes if row.stored_dtype == row.source_dtype else row.source_bytes + row.bytes
 
 
@@ -69,8 +72,9 @@ def _seconds_per_weight(row: Row) -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        started = time.perf_counter()
-        quantize_nearest(tile, None, row.spec, row.method.range, row.method.outliers)
+        for _ in range(2):  # the first run also warms up the allocator
+            started = time.perf_counter()
+            quantize_nearest(tile, None, row.spec, row.method.range, row.method.outliers)
         return (time.perf_counter() - started) / tile.numel()
     finally:
         torch.set_num_threads(threads)

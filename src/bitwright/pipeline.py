@@ -2,9 +2,10 @@
 
     source -> plan -> [ read -> range + round -> pack -> verify ] per tensor -> shard -> journal -> publish
 
-Data-free recipes need no block inputs, so tensors are independent: workers take them in order, the main
-thread writes each unit's shard when its last tensor arrives. Killed at any moment and started again, the job
-continues after its last finished shard and ends with the same bytes.
+Data-free recipes need no block inputs, so tensors are independent and flow through in order: one thread reads
+ahead, one computes on all processors, and this one writes each unit's shard when its last tensor arrives.
+Killed at any moment and started again, the job continues after its last finished shard and ends with the same
+bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from bitwright.checkpoint.open import open_source
 from bitwright.checkpoint.shard import read_header, tensor_sha256, write_shard, write_text
 from bitwright.checkpoint.source import Source
 from bitwright.errors import FormatError, ResumeError, WeightError
-from bitwright.execute.local import default_workers, ordered_map
+from bitwright.execute.local import ahead, default_workers, kept_torch_threads
 from bitwright.formats.native import FORMAT_VERSION, TensorEntry, pack, quantization_config, unpack
 from bitwright.machine import Estimate, check_machine, estimate, peak_rss_bytes
 from bitwright.numeric.measure import sqnr_db, squared_error
@@ -88,7 +89,7 @@ class RunOptions:
     """How to run a job; nothing here changes a byte of its result."""
 
     workers: int | None = None
-    """Threads that share the tensors; None: all processors."""
+    """Processors to compute on; None: all."""
     restart: bool = False
     """Discard an unfinished run instead of continuing it."""
     announce: Callable[[Plan, Estimate], None] | None = None
@@ -124,14 +125,14 @@ def quantize(
     source = open_source(model)
     plan = make_plan(source, as_recipe(recipe, method, scheme))
     job = _job(source, plan)
-    workers = options.workers or default_workers()
     if out.exists():
-        return _already_done(out, source, job, workers, started)
+        return _already_done(out, source, job, started)
+    workers = options.workers or default_workers()
     needs = estimate(plan, workers)
     check_machine(needs, out)
     if options.announce is not None:
         options.announce(plan, needs)
-    with Journal(out, job, options.restart) as journal:
+    with kept_torch_threads(), Journal(out, job, options.restart) as journal:
         resumed = len(journal.done)
         _quantize_units(source, plan, journal, workers, options.progress)
         records = _finish(source, plan, journal, job)
@@ -152,7 +153,7 @@ def _job(source: Source, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _already_done(out: Path, source: Source, job: dict[str, Any], workers: int, started: float) -> Summary:
+def _already_done(out: Path, source: Source, job: dict[str, Any], started: float) -> Summary:
     """The summary of a finished `out` that is this very job's, down to the source's every value."""
     try:
         manifest = read_manifest(out) if out.is_dir() else None
@@ -164,7 +165,7 @@ def _already_done(out: Path, source: Source, job: dict[str, Any], workers: int, 
     changed = [key for key in ("source", "recipe", "seed") if manifest["job"].get(key) != job[key]]
     if not changed:
         read = [record for record in records if "source_sha256" in record]
-        sums = ordered_map(lambda record: tensor_sha256(source.read(record["tensor"])), read, workers)
+        sums = ahead(lambda record: tensor_sha256(source.read(record["tensor"])), read, torch_threads=1)
         pairs = zip(read, sums, strict=True)
         changed = [f"source tensor {record['tensor']}" for record, found in pairs if found != record["source_sha256"]]
     if changed:
@@ -183,7 +184,8 @@ def _quantize_units(
     total = sum(row.weights for row in plan.rows())
     done = total - sum(row.weights for index in todo for row in plan.units[index].rows)
     rows = [row for index in todo for row in plan.units[index].rows]
-    results = ordered_map(lambda row: process_row(source, row), rows, workers)
+    read = ahead(lambda row: (row, read_row(source, row)), rows, torch_threads=1)
+    results = ahead(lambda item: process_row(*item), read, torch_threads=workers)
     for index in todo:
         unit = plan.units[index]
         parts: dict[str, Tensor] = {}
@@ -199,12 +201,11 @@ def _quantize_units(
         journal.record(name, sha256, records)
 
 
-def process_row(source: Source, row: Row) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """One tensor's whole journey: its parts as stored, and its record for the manifest.
+def read_row(source: Source, row: Row) -> tuple[Tensor | None, dict[str, Any]]:
+    """A tensor's values (None when it is tied) and the beginning of its record for the manifest.
 
     Raises:
         CheckpointError: the tensor cannot be read.
-        WeightError: it holds NaN or Inf, or does not fit its stored types.
     """
     record: dict[str, Any] = {
         "tensor": row.tensor,
@@ -214,9 +215,20 @@ def process_row(source: Source, row: Row) -> tuple[dict[str, Tensor], dict[str, 
         "bytes": 0,
     }
     if row.action == "tied":
-        return {}, record
+        return None, record
     tensor = source.read(row.tensor)
-    record["source_sha256"] = tensor_sha256(tensor)
+    return tensor, record | {"source_sha256": tensor_sha256(tensor)}
+
+
+def process_row(row: Row, read: tuple[Tensor | None, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """One tensor from its values to what is stored, and its finished record.
+
+    Raises:
+        WeightError: it holds NaN or Inf, or does not fit its stored types.
+    """
+    tensor, record = read
+    if tensor is None:
+        return {}, record
     _check_finite(tensor, row.tensor)
     try:
         parts, details = _keep(tensor, row) if row.action == "keep" else _quantize(tensor, row)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from bitwright.numeric.measure import squared_error
 from bitwright.numeric.outliers import NoOutliers, NSigma
 from bitwright.numeric.spec import WeightSpec
-from bitwright.ranges import Minmax, Mse
+from bitwright.ranges import Hqq, Minmax, Mse, MseAdam
 from bitwright.rounding import nearest
 from bitwright.rounding.nearest import quantize_nearest, row_chunks
 
@@ -79,3 +80,24 @@ def test_rows_slice_like_the_tensor() -> None:
     result = quantize_nearest(matrix(), None, WeightSpec(bits=4, group_size=16), Mse(), NSigma(n=2))
     rows = slice(10, 23)
     assert torch.equal(result.rows(rows).dequantize(), result.dequantize()[rows])
+
+
+@pytest.mark.parametrize("group", [64, None, 7])
+@pytest.mark.parametrize("settings", [Minmax(), Mse(), Hqq(), MseAdam(steps=3)], ids=lambda s: s.name)
+def test_threads_do_not_change_a_bit(settings, group: int | None) -> None:
+    """Operations above PyTorch's grain size of 32768 elements are split between threads; rows are not."""
+    weight = torch.cat([matrix(150, 1111), 0.1 * matrix(150, 1111, seed=1) ** 3])
+    spec, before = WeightSpec(bits=4, group_size=group), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            for scope in ("tensor", "channel"):
+                result = quantize_nearest(weight, None, spec, settings, NSigma(n=3, scope=scope))
+                error = squared_error(weight, result.dequantize())
+                results.append((result.codes, result.grid.scale, result.grid.zero, result.dequantize(), error))
+    finally:
+        torch.set_num_threads(before)
+    for first, other in zip(results[:2] * 2, results[2:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first[:4], other[:4], strict=True))
+        assert first[4] == other[4]

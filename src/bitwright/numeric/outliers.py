@@ -14,6 +14,7 @@ Policies:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -49,12 +50,12 @@ class Outliers:
         Raises:
             WeightError: a residual is too large for float16.
         """
-        values = residual[mask].float()
+        row, column = mask.nonzero(as_tuple=True)
+        values = residual[row, column].float()
         if values.numel() and values.abs().max().item() > torch.finfo(torch.float16).max:
             raise WeightError(f"an outlier residual of {values.abs().max().item():.3g} does not fit float16")
         row_pointer = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)
         torch.cumsum(mask.sum(dim=1), dim=0, out=row_pointer[1:])
-        column = mask.nonzero()[:, 1].contiguous()
         return Outliers(row_pointer, column, values.half().float())
 
     @staticmethod
@@ -144,18 +145,25 @@ class OutlierThreshold:
         mean, limit = (t if t.shape[0] == 1 else t[rows] for t in (self.mean, self.limit))
         return (weight - mean).abs() > limit
 
+    def ratios(self, rows: slice, weight: Tensor) -> Tensor:
+        """Distance from the mean over the limit, for the outliers among `weight`; each above 1."""
+        mask = self.select(rows, weight)
+        mean, limit = ((t if t.shape[0] == 1 else t[rows]).expand_as(weight)[mask] for t in (self.mean, self.limit))
+        return (weight[mask] - mean).abs() / limit.clamp_min(torch.finfo(torch.float32).tiny)
+
 
 def outlier_threshold(weight: Tensor, policy: NoOutliers | NSigma, chunks: list[slice]) -> OutlierThreshold | None:
     """The threshold that `policy` sets for `weight` [out, in]; None when nothing is kept apart.
 
-    Moments are accumulated in float64 over the row `chunks`, so that they depend neither on the memory
-    available nor on the number of workers.
+    Moments are float64 per row, and summed exactly over rows, so that they depend neither on the `chunks` in
+    which rows are read nor on the number of threads.
     """
     if isinstance(policy, NoOutliers) or policy.max_share == 0:
         return None
     moments = torch.cat([_row_moments(weight[rows].float()) for rows in chunks])
     if policy.scope == "tensor":
-        moments = moments.sum(dim=0, keepdim=True)
+        exact = [math.fsum(column) for column in moments.T.tolist()]
+        moments = torch.tensor([exact], dtype=torch.float64)
         per_statistic = weight.numel()
     else:
         per_statistic = weight.shape[1]
@@ -167,23 +175,17 @@ def outlier_threshold(weight: Tensor, policy: NoOutliers | NSigma, chunks: list[
 
 def _row_moments(weight: Tensor) -> Tensor:
     """Sum and sum of squares of each row, float64 [rows, 2]."""
-    return torch.stack([weight.sum(dim=1, dtype=torch.float64), weight.double().square().sum(dim=1)], dim=1)
+    exact = weight.double()
+    return torch.stack([exact.sum(dim=1), exact.mul_(exact).sum(dim=1)], dim=1)
 
 
 def _capped(weight: Tensor, threshold: OutlierThreshold, max_share: float, chunks: list[slice]) -> OutlierThreshold:
     """Raise every limit by one common factor until at most `max_share` of all weights exceed it."""
     allowed = int(max_share * weight.numel())
-    ratios = []
-    for rows in chunks:
-        part = weight[rows].float()
-        mask = threshold.select(rows, part)
-        mean, limit = (
-            (t if t.shape[0] == 1 else t[rows]).expand_as(part)[mask] for t in (threshold.mean, threshold.limit)
-        )
-        ratios.append((part[mask] - mean).abs() / limit.clamp_min(torch.finfo(torch.float32).tiny))
-    ratio = torch.cat(ratios)
-    if ratio.numel() <= allowed:
+    count = sum(int(threshold.select(rows, weight[rows].float()).sum()) for rows in chunks)
+    if count <= allowed:
         return threshold
+    ratio = torch.cat([threshold.ratios(rows, weight[rows].float()) for rows in chunks])
     # The (allowed+1)-th largest ratio is the first that must go; "greater than" then keeps at most `allowed`.
     factor = ratio.kthvalue(ratio.numel() - allowed).values
     # One float32 step up: (limit * factor) may round below the very weight that defined the factor.

@@ -45,78 +45,87 @@ class MseAdam(Settings):
     steps: int = Field(default=500, ge=0)
 
 
-class _Best:
-    """The best stored grid of each row so far, judged by its squared error.
+def fit(
+    weights: Tensor, inliers: Tensor | None, importance: Tensor | None, spec: WeightSpec, settings: Mse
+) -> tuple[Tensor, Tensor]:
+    """(scale [n], zero [n]) of least squared error over the inliers of each row of `weights` [n, width]."""
+    if inliers is not None and spec.zero == "int":
+        # These grids hold 0 exactly: an outlier set to 0 has no error, takes no part in any sum below and
+        # stretches no range, which spares the pass that would weigh it with 0.
+        weights, inliers = weights.masked_fill(~inliers, 0.0), None
+    low, high = minmax.extremes(weights, inliers)
+    search = _Search(weights, _weighing(inliers, importance), spec)
+    # All candidates' grids at once: as vectors of a few thousand they would cost more than the weights do.
+    shrinks = torch.linspace(1.0, settings.smallest, settings.candidates).unsqueeze(1)
+    scales, zeros = minmax.span(low * shrinks, high * shrinks, spec)
+    errors = torch.stack([search.error(scale, zero) for scale, zero in zip(scales, zeros, strict=True)])
+    error, chosen = errors.min(dim=0)
+    scale, zero = (grid.gather(0, chosen.unsqueeze(0)).squeeze(0) for grid in (scales, zeros))
+    return search.refine(scale, zero, error, settings.updates)
 
-    One pair of buffers serves every evaluation: fresh temporaries of this size would be mapped and faulted in
+
+class _Search:
+    """Squared errors and least-squares steps of candidate grids for one chunk of groups.
+
+    One pair of buffers serves every candidate: fresh temporaries of this size would be mapped and faulted in
     anew each time, which costs as much as the arithmetic.
     """
 
-    def __init__(self, weights: Tensor, weighing: Tensor | None, max_code: int):
-        self.weights, self.weighing, self.max_code = weights, weighing, max_code
+    def __init__(self, weights: Tensor, weighing: Tensor | None, spec: WeightSpec):
+        self.weights, self.weighing, self.spec = weights, weighing, spec
         self.steps, self._residual = torch.empty_like(weights), torch.empty_like(weights)
-        self.error = torch.full_like(weights[:, 0], torch.inf)
-        self.scale = self.zero = torch.zeros_like(self.error)
 
-    def offer(self, scale: Tensor, zero: Tensor) -> None:
-        """Keep the grid where it beats the best so far; `steps` (code - zero) are this grid's afterwards."""
-        error = self._evaluate(scale, zero)
-        better = error < self.error
-        self.error = torch.where(better, error, self.error)
-        self.scale = torch.where(better, scale, self.scale)
-        self.zero = torch.where(better, zero, self.zero)
-
-    def _evaluate(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """Weighted squared error [n] of one grid per row."""
+    def error(self, scale: Tensor, zero: Tensor) -> Tensor:
+        """Weighted squared error [n] of one grid per row; leaves its code - zero in `steps`."""
         steps, residual, zero = self.steps, self._residual, zero.unsqueeze(1)
-        # Division, as in `grid.encode`: a product with the reciprocal would round some ties the other way.
-        torch.div(self.weights, scale.unsqueeze(1), out=steps)
-        steps.add_(zero).round_().clamp_(0, self.max_code).sub_(zero)
+        # The reciprocal may round a tie the other way than `grid.encode` does; both neighbours are equally far.
+        torch.mul(self.weights, (1 / scale).unsqueeze(1), out=steps)
+        steps.add_(zero).round_().clamp_(0, self.spec.max_code).sub_(zero)
         torch.addcmul(self.weights, steps, scale.unsqueeze(1), value=-1, out=residual)
-        residual.square_()
-        if self.weighing is not None:
-            residual.mul_(self.weighing)
-        return residual.sum(dim=1)
+        if self.weighing is None:
+            norm: Tensor = torch.linalg.vector_norm(residual, dim=1)
+            return norm.square_()
+        return residual.square_().mul_(self.weighing).sum(dim=1)
 
-    def least_squares_scale(self, scale: Tensor) -> Tensor:
+    def refine(self, scale: Tensor, zero: Tensor, error: Tensor, updates: int) -> tuple[Tensor, Tensor]:
+        """Alternate nearest codes with the least-squares zero and scale; the best stored grid met on the way."""
+        best = (error, scale, zero)
+        self.error(scale, zero)
+        for _ in range(updates):
+            if not self.spec.symmetric:
+                zero = stored_zero(self._least_squares_zero(scale, zero), self.spec)
+                best = _better(best, (self.error(scale, zero), scale, zero))
+            scale = stored_scale(self._least_squares_scale(scale), self.spec)
+            best = _better(best, (self.error(scale, zero), scale, zero))
+        return best[1], best[2]
+
+    def _least_squares_scale(self, scale: Tensor) -> Tensor:
         """`<steps, w> / <steps, steps>`; the old scale where every step is zero or the sign would flip."""
-        weighted = self._weighted_steps()
-        numerator = torch.mul(weighted, self.weights).sum(dim=1)
-        denominator = weighted.mul_(self.steps).sum(dim=1)
-        result = numerator / denominator
+        weighted = self._residual
+        weighted.copy_(self.steps)
+        if self.weighing is not None:
+            weighted.mul_(self.weighing)
+        denominator = torch.mul(weighted, self.steps).sum(dim=1)
+        result = weighted.mul_(self.weights).sum(dim=1) / denominator
         return torch.where((denominator > 0) & (result * scale > 0), result, scale)
 
-    def _weighted_steps(self) -> Tensor:
-        if self.weighing is None:
-            return self._residual.copy_(self.steps)
-        return torch.mul(self.steps, self.weighing, out=self._residual)
-
-    def least_squares_zero(self, scale: Tensor, zero: Tensor) -> Tensor:
+    def _least_squares_zero(self, scale: Tensor, zero: Tensor) -> Tensor:
         """The zero that centres the residuals of fixed codes: `mean(code - w / scale)`."""
-        offset = torch.div(self.weights, scale.unsqueeze(1), out=self._residual).neg_().add_(self.steps)
+        offset = torch.mul(self.weights, (1 / scale).unsqueeze(1), out=self._residual).neg_().add_(self.steps)
         if self.weighing is None:
             return zero + offset.mean(dim=1)
         total = self.weighing.sum(dim=1)
         return torch.where(total > 0, zero + offset.mul_(self.weighing).sum(dim=1) / total, zero)
 
 
-def fit(
-    weights: Tensor, inliers: Tensor | None, importance: Tensor | None, spec: WeightSpec, settings: Mse
-) -> tuple[Tensor, Tensor]:
-    """(scale [n], zero [n]) of least squared error over the inliers of each row of `weights` [n, width]."""
-    low, high = minmax.extremes(weights, inliers)
-    best = _Best(weights, _weighing(inliers, importance), spec.max_code)
-    for shrink in torch.linspace(1.0, settings.smallest, settings.candidates).tolist():
-        best.offer(*minmax.span(low * shrink, high * shrink, spec))
-    scale, zero = best.scale, best.zero
-    best.offer(scale, zero)
-    for _ in range(settings.updates):
-        if not spec.symmetric:
-            zero = stored_zero(best.least_squares_zero(scale, zero), spec)
-            best.offer(scale, zero)
-        scale = stored_scale(best.least_squares_scale(scale), spec)
-        best.offer(scale, zero)
-    return best.scale, best.zero
+_Candidate = tuple[Tensor, Tensor, Tensor]
+
+
+def _better(best: _Candidate, new: _Candidate) -> _Candidate:
+    """Row by row the (error, scale, zero) of smaller error; the old one when equal."""
+    improved = new[0] < best[0]
+    error, scale, zero = (torch.where(improved, after, before) for before, after in zip(best, new, strict=True))
+    return error, scale, zero
 
 
 def _weighing(inliers: Tensor | None, importance: Tensor | None) -> Tensor | None:

@@ -14,7 +14,7 @@ from bitwright.numeric.settings import Settings
 from bitwright.numeric.spec import WeightSpec
 from bitwright.ranges import Hqq, Minmax, Mse, MseAdam, fit_grid
 
-# Weights of one chunk: small enough that the dozen passes of a range search stay in the second-level cache.
+# Weights of one chunk for each thread: so few that the passes of a range search stay in the second-level cache.
 CHUNK_WEIGHTS = 1 << 17
 
 
@@ -25,9 +25,12 @@ class Nearest(Settings):
 
 
 def row_chunks(shape: tuple[int, int]) -> list[slice]:
-    """Row slices of about `CHUNK_WEIGHTS` weights; they depend on the shape alone, never on the machine."""
+    """Row slices of about `CHUNK_WEIGHTS` weights for each of PyTorch's threads.
+
+    What a row becomes does not depend on its chunk, so the result does not depend on the machine.
+    """
     out_features, in_features = shape
-    step = max(1, CHUNK_WEIGHTS // max(1, in_features))
+    step = max(1, CHUNK_WEIGHTS * torch.get_num_threads() // max(1, in_features))
     return [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
 
 
