@@ -14,7 +14,8 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,14 @@ from bitwright.evaluate import EvalOptions, Evaluation, evaluate_model
 
 SCHEMES = ("w4a16g64", "w4a16", "w3a16g64")
 METHODS = ("rtn", "easyquant", "hqq", "easyquant-paper")
-# Round-to-nearest at smaller groups: what the same bits buy without outliers.
-EQUAL_BITS = (("rtn", "w4a16g32"), ("rtn", "w4a16g128"), ("rtn", "w3a16g32"))
+# What the same bits buy: round-to-nearest in smaller groups against outliers in larger ones.
+EQUAL_BITS = (
+    ("rtn", "w4a16g128", ()),
+    ("rtn", "w4a16g32", ()),
+    ("easyquant", "w4a16g64", ("outliers.n=2.85",)),
+    ("rtn", "w3a16g32", ()),
+    ("easyquant", "w3a16g64", ("outliers.n=2.88",)),
+)
 
 
 class Remembered:
@@ -47,11 +54,11 @@ class Remembered:
         return self.logits[key]
 
 
-def ours(method: str, scheme: str) -> tuple[nn.Module, float, float, float]:
+def ours(method: str, scheme: str, overrides: Sequence[str] = ()) -> tuple[nn.Module, float, float, float]:
     """(packed model, bits per weight, bytes, seconds) of the whole journey."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        summary = bitwright.quantize("demo", out, method, scheme)
+        summary = bitwright.quantize("demo", out, recipe=bitwright.load_recipe(method, scheme, overrides=overrides))
         return load_model(str(out)).model, summary.bits_per_weight, summary.bytes, summary.seconds
 
 
@@ -83,10 +90,10 @@ def rows() -> Iterator[tuple[str, str, Callable[[], tuple[nn.Module, float, floa
     for scheme in SCHEMES:
         for method in METHODS:
             if method != "easyquant-paper" or scheme == "w4a16":
-                yield method, scheme, lambda method=method, scheme=scheme: ours(method, scheme)
-        yield "hqq package", scheme, lambda scheme=scheme: released_hqq(scheme)
-    for method, scheme in EQUAL_BITS:
-        yield method, scheme, lambda method=method, scheme=scheme: ours(method, scheme)
+                yield method, scheme, partial(ours, method, scheme)
+        yield "hqq package", scheme, partial(released_hqq, scheme)
+    for method, scheme, overrides in EQUAL_BITS:
+        yield " ".join((method, *overrides)), scheme, partial(ours, method, scheme, overrides)
 
 
 def line(method: str, scheme: str, bits: float, seconds: float, found: Evaluation) -> str:
