@@ -3,7 +3,7 @@
     source -> plan -> [ read -> range + round -> pack -> verify ] per tensor -> shard -> journal -> publish
 
 Data-free recipes need no block inputs, so tensors are independent and flow through in order: one thread reads
-ahead, one computes on all processors, and this one writes each unit's shard when its last tensor arrives.
+ahead, this one computes on all processors, and one writes each unit's shard behind.
 Killed at any moment and started again, the job continues after its last finished shard and ends with the same
 bytes.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from bitwright.checkpoint.open import open_source
 from bitwright.checkpoint.shard import read_header, tensor_sha256, write_shard, write_text
 from bitwright.checkpoint.source import Source
 from bitwright.errors import FormatError, ResumeError, WeightError
-from bitwright.execute.local import ahead, default_workers, kept_torch_threads
+from bitwright.execute.local import ahead, default_workers, torch_threads
 from bitwright.formats.native import FORMAT_VERSION, TensorEntry, pack, quantization_config, unpack
 from bitwright.machine import Estimate, check_machine, estimate, peak_rss_bytes
 from bitwright.numeric.measure import sqnr_db, squared_error
@@ -37,6 +37,10 @@ from bitwright.numeric.qtensor import QTensor
 from bitwright.plan import Plan, Row, make_plan
 from bitwright.recipe import Recipe, as_recipe
 from bitwright.rounding.nearest import CHUNK_WEIGHTS, quantize_nearest, row_chunks
+
+WeightProgress = Callable[[str, int, int], None]
+FinishedUnit = tuple[str, dict[str, Tensor], list[dict[str, Any]]]
+"""Name of the shard, its tensors, and their records."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class RunOptions:
     """Discard an unfinished run instead of continuing it."""
     announce: Callable[[Plan, Estimate], None] | None = None
     """Called once, with the plan and what it is expected to need, before any work."""
-    progress: Callable[[str, int, int], None] | None = None
+    progress: WeightProgress | None = None
     """Called with what just finished, weights done so far, and weights in all."""
 
 
@@ -132,9 +136,9 @@ def quantize(
     check_machine(needs, out)
     if options.announce is not None:
         options.announce(plan, needs)
-    with kept_torch_threads(), Journal(out, job, options.restart) as journal:
+    with torch_threads(workers), Journal(out, job, options.restart) as journal:
         resumed = len(journal.done)
-        _quantize_units(source, plan, journal, workers, options.progress)
+        _quantize_units(source, plan, journal, options.progress)
         records = _finish(source, plan, journal, job)
         journal.publish()
     return Summary(out, records, time.perf_counter() - started, peak_rss_bytes(), resumed)
@@ -165,7 +169,7 @@ def _already_done(out: Path, source: Source, job: dict[str, Any], started: float
     changed = [key for key in ("source", "recipe", "seed") if manifest["job"].get(key) != job[key]]
     if not changed:
         read = [record for record in records if "source_sha256" in record]
-        sums = ahead(lambda record: tensor_sha256(source.read(record["tensor"])), read, torch_threads=1)
+        sums = ahead(lambda record: tensor_sha256(source.read(record["tensor"])), read)
         pairs = zip(read, sums, strict=True)
         changed = [f"source tensor {record['tensor']}" for record, found in pairs if found != record["source_sha256"]]
     if changed:
@@ -176,29 +180,35 @@ def _already_done(out: Path, source: Source, job: dict[str, Any], started: float
     return Summary(out, records, time.perf_counter() - started, peak_rss_bytes(), len(manifest["shards"]))
 
 
-def _quantize_units(
-    source: Source, plan: Plan, journal: Journal, workers: int, progress: Callable[[str, int, int], None] | None
-) -> None:
+def _quantize_units(source: Source, plan: Plan, journal: Journal, progress: WeightProgress | None) -> None:
     """Write every shard that the journal does not have yet."""
     todo = [index for index in range(len(plan.units)) if plan.shard_name(index) not in journal.done]
     total = sum(row.weights for row in plan.rows())
     done = total - sum(row.weights for index in todo for row in plan.units[index].rows)
     rows = [row for index in todo for row in plan.units[index].rows]
-    read = ahead(lambda row: (row, read_row(source, row)), rows, torch_threads=1)
-    results = ahead(lambda item: process_row(*item), read, torch_threads=workers)
-    for index in todo:
-        unit = plan.units[index]
-        parts: dict[str, Tensor] = {}
-        records = []
-        for row, (row_parts, record) in zip(unit.rows, results, strict=False):
-            parts.update(row_parts)
-            records.append(record)
-            done += row.weights
-            if progress is not None:
-                progress(row.tensor, done, total)
-        name = plan.shard_name(index)
+    values = ahead(lambda row: read_row(source, row), rows)
+
+    def compute() -> Iterator[FinishedUnit]:
+        nonlocal done
+        for index in todo:
+            parts: dict[str, Tensor] = {}
+            records = []
+            for row in plan.units[index].rows:
+                row_parts, record = process_row(row, *next(values))
+                parts.update(row_parts)
+                records.append(record)
+                done += row.weights
+                if progress is not None:
+                    progress(row.tensor, done, total)
+            yield plan.shard_name(index), parts, records
+
+    def write(unit: FinishedUnit) -> None:
+        name, parts, records = unit
         sha256 = write_shard(journal.output / name, parts, {"format": "pt", "bitwright": str(FORMAT_VERSION)})
         journal.record(name, sha256, records)
+
+    for _ in ahead(write, compute()):
+        pass
 
 
 def read_row(source: Source, row: Row) -> tuple[Tensor | None, dict[str, Any]]:
@@ -220,13 +230,12 @@ def read_row(source: Source, row: Row) -> tuple[Tensor | None, dict[str, Any]]:
     return tensor, record | {"source_sha256": tensor_sha256(tensor)}
 
 
-def process_row(row: Row, read: tuple[Tensor | None, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def process_row(row: Row, tensor: Tensor | None, record: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """One tensor from its values to what is stored, and its finished record.
 
     Raises:
         WeightError: it holds NaN or Inf, or does not fit its stored types.
     """
-    tensor, record = read
     if tensor is None:
         return {}, record
     _check_finite(tensor, row.tensor)
