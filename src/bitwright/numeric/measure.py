@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 def squared_error(target: Tensor, result: Tensor) -> tuple[float, float]:
-    """(sum of squared errors, sum of squared targets) of two matrices [rows, columns].
+    """(sum of squared errors, sum of squared targets) of two tensors of one shape [..., columns].
 
     Float64 within rows and exact over rows: the same to the last bit whatever the number of threads.
     """
     target64 = target.double()
     error64 = result.double().sub_(target64)
-    sums = ((values.mul_(values)).sum(dim=1).tolist() for values in (error64, target64))
+    sums = (values.mul(values).sum(dim=-1).reshape(-1).tolist() for values in (error64, target64))
     error, signal = (math.fsum(rows) for rows in sums)
     return error, signal
 
