@@ -303,3 +303,20 @@ def test_a_full_disk_loses_nothing(
 def test_two_processes_do_not_share_a_folder(tiny_llama_folder: Path, tmp_path: Path) -> None:
     with Journal(tmp_path / "out", {}), pytest.raises(ResumeError, match="another process"):
         bitwright.quantize(str(tiny_llama_folder), tmp_path / "out", **RECIPE)
+
+
+@pytest.mark.parametrize("tail", ["", "g16", "g64-sym"])
+@pytest.mark.parametrize("method", ["rtn", "easyquant", "easyquant-paper", "hqq"])
+def test_every_preset_at_every_width(tiny_llama_folder: Path, tmp_path: Path, method: str, tail: str) -> None:
+    steps = ["range.steps=20"] if method == "easyquant-paper" else []
+    worst = []
+    for bits in range(2, 9):
+        recipe = bitwright.load_recipe(method, f"w{bits}a16{tail}", overrides=steps)
+        out = tmp_path / f"out{bits}"
+        summary = bitwright.quantize(str(tiny_llama_folder), out, recipe=recipe)
+        assert bitwright.inspect(out).bits_per_weight == pytest.approx(summary.bits_per_weight)
+        assert summary.bits_per_weight > bits
+        worst.append(min(r["sqnr_db"] for r in summary.records if r["action"] == "quantize"))
+    assert worst == sorted(worst)
+    assert worst[0] > 3
+    assert worst[2] > 15

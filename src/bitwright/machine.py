@@ -7,15 +7,16 @@ import resource
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from bitwright.errors import PlanError
-from bitwright.execute.local import default_workers
+from bitwright.execute.local import default_workers, torch_threads
+from bitwright.journey import process_row
 from bitwright.plan import Plan, Row
-from bitwright.rounding.nearest import CHUNK_WEIGHTS, quantize_nearest
+from bitwright.rounding.nearest import CHUNK_WEIGHTS
 
 # Seconds per byte of reading, hashing and syncing, on a plain disk of 1 GB/s: only matters beside fast methods.
 _SECONDS_PER_BYTE = 1e-9
@@ -65,19 +66,14 @@ def _working_bytes(row: Row) -> int:
 
 
 def _seconds_per_weight(row: Row) -> float:
-    assert row.spec is not None
-    assert row.method is not None
-    in_features = row.shape[1]
-    tile = torch.randn(max(1, CHUNK_WEIGHTS // in_features), in_features, generator=torch.Generator().manual_seed(0))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    """Of one thread, for the whole journey of a small random tensor."""
+    shape = (max(1, CHUNK_WEIGHTS // row.shape[1]), row.shape[1])
+    tile = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
+    with torch_threads(1):
         for _ in range(2):  # the first run also warms up the allocator
             started = time.perf_counter()
-            quantize_nearest(tile, None, row.spec, row.method.range, row.method.outliers)
+            process_row(replace(row, shape=shape), tile, {})
         return (time.perf_counter() - started) / tile.numel()
-    finally:
-        torch.set_num_threads(threads)
 
 
 def check_machine(needs: Estimate, out: Path) -> None:
