@@ -97,7 +97,7 @@ def measure(folder: Path, method: str, scheme: str) -> str:
     shutil.rmtree(out)
     return (
         f"{method:18s} {scheme:10s} {wall:7.1f} s {speed:7.1f} Mw/s {busy:5.2f} processors busy "
-        f"peak {usage.ru_maxrss / 1e6:5.2f} GB  {summary['bits_per_weight']:.3f} bits/weight"
+        f"peak {summary['peak_rss_bytes'] / 1e9:5.2f} GB  {summary['bits_per_weight']:.3f} bits/weight"
     )
 
 

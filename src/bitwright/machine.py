@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import shutil
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +11,7 @@ import torch
 
 from bitwright.errors import PlanError
 from bitwright.execute.local import default_workers, torch_threads
+from bitwright.execute.memory import available_memory_bytes, current_rss_bytes
 from bitwright.journey import process_row
 from bitwright.plan import Plan, Row
 from bitwright.rounding.nearest import CHUNK_WEIGHTS
@@ -95,28 +93,3 @@ def check_machine(needs: Estimate, out: Path) -> None:
         raise PlanError(
             f"needs about {needs.disk_bytes / 1e9:.2f} GB of disk at {folder} and {free / 1e9:.2f} GB are free"
         )
-
-
-def available_memory_bytes() -> int | None:
-    """Memory that can be had without swapping; None where the system does not tell."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
-
-
-def current_rss_bytes() -> int:
-    """Resident memory of this process now; its peak so far where the system does not tell."""
-    try:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return peak_rss_bytes()
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -30,9 +30,10 @@ from bitwright.checkpoint.shard import read_header, tensor_sha256, write_shard, 
 from bitwright.checkpoint.source import Source
 from bitwright.errors import FormatError, ResumeError
 from bitwright.execute.local import ahead, default_workers, torch_threads
+from bitwright.execute.memory import peak_rss_bytes
 from bitwright.formats.native import FORMAT_VERSION, TensorEntry, quantization_config
 from bitwright.journey import process_row, read_row
-from bitwright.machine import Estimate, check_machine, estimate, peak_rss_bytes
+from bitwright.machine import Estimate, check_machine, estimate
 from bitwright.plan import Plan, make_plan
 from bitwright.recipe import Recipe, as_recipe
 

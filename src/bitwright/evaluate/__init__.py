@@ -6,7 +6,6 @@ distance to it on the same tokens, the primary measure of a quantized model.
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from bitwright.evaluate.perplexity import (
     window_losses,
 )
 from bitwright.evaluate.statistics import paired_interval
+from bitwright.execute.memory import peak_rss_bytes
 
 __all__ = [
     "Divergence",
@@ -125,16 +125,6 @@ def evaluate_model(
         peak_rss_bytes=peak_rss_bytes(),
         **distance,
     )
-
-
-def peak_rss_bytes() -> int | None:
-    """Peak resident memory of this process in bytes; None where the system does not say (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _distance(divergence: Divergence) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bitwright.numeric.grid import decode, encode, stored_scale, stored_zero
+from bitwright.numeric.grid import stored_scale, stored_zero
 from bitwright.numeric.settings import Settings
 from bitwright.numeric.spec import WeightSpec
 from bitwright.ranges import minmax
@@ -46,26 +46,31 @@ def fit(
     best_scale, best_zero = scale, zero
     best_error = torch.full_like(scale, torch.inf)
     beta = settings.beta
+    # Buffers for the whole search: see `mse`.
+    codes, residual, magnitude, slope, cost = (torch.empty_like(weights) for _ in range(5))
     for iteration in range(settings.iterations + 1):
-        codes = encode(weights, scale.unsqueeze(1), zero.unsqueeze(1), spec)
-        residual = weights - decode(codes, scale.unsqueeze(1), zero.unsqueeze(1))
-        magnitude = residual.abs()
+        inverse = (1 / scale).unsqueeze(1)
+        torch.mul(weights, inverse, out=codes).add_(zero.unsqueeze(1)).round_().clamp_(0, spec.max_code)
+        torch.sub(codes, zero.unsqueeze(1), out=residual).mul_(scale.unsqueeze(1))
+        torch.sub(weights, residual, out=residual)
+        torch.abs(residual, out=magnitude)
         # |r|**(p - 1) serves both the objective, |r| times it, and the shrinkage; pow is the dearest step here.
-        slope = magnitude.clamp_min(1e-30).pow_(settings.power - 1)
-        cost = magnitude * slope
+        slope.copy_(magnitude).clamp_min_(1e-30).pow_(settings.power - 1)
+        torch.mul(magnitude, slope, out=cost)
         error = (cost if inliers is None else cost.mul_(inliers)).sum(dim=1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
         if iteration == settings.iterations:
             break
-        target = weights - magnitude.sub_(slope.div_(beta)).clamp_min_(0).mul_(residual.sign_())
+        magnitude.sub_(slope.div_(beta)).clamp_min_(0).mul_(residual.sign_())
+        target = torch.sub(weights, magnitude, out=residual)
         if spec.symmetric:
-            steps = codes - zero.unsqueeze(1)
-            moved = (steps * target).sum(dim=1) / steps.square().sum(dim=1).clamp_min(1e-30)
+            steps = codes.sub_(zero.unsqueeze(1))
+            moved = torch.mul(steps, target, out=cost).sum(dim=1) / steps.square_().sum(dim=1).clamp_min(1e-30)
             scale = stored_scale(torch.where(moved * scale > 0, moved, scale), spec)
         else:
-            zero = stored_zero((codes - target / scale.unsqueeze(1)).mean(dim=1), spec)
+            zero = stored_zero(codes.sub_(target.mul_(inverse)).mean(dim=1), spec)
         beta *= settings.kappa
     return best_scale, best_zero
 
