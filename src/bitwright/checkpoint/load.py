@@ -19,11 +19,11 @@ from bitwright.checkpoint.open import open_source
 from bitwright.checkpoint.quiet import quiet_transformers
 from bitwright.checkpoint.source import HuggingFaceSource, Source
 from bitwright.errors import CheckpointError
+from bitwright.formats.native import QUANT_METHOD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-QUANT_METHOD = "bitwright"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
 
