@@ -19,10 +19,12 @@ with warnings.catch_warnings():
     import transformers.modeling_utils  # noqa: F401
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from bitwright.numeric.bilevel import SecondLevel, code_offset
 from bitwright.numeric.grid import Grid, group_rows, stored_scale, stored_zero, ungroup_rows
 from bitwright.numeric.outliers import Outliers
 from bitwright.numeric.qtensor import QTensor
 from bitwright.numeric.spec import WeightSpec
+from bitwright.ranges import Minmax, fit_grid
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TINY_TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on in the afternoon sun. " * 4
@@ -119,7 +121,9 @@ def wikitext_test() -> str:
 # --- quantized tensors -------------------------------------------------------------------------------------
 
 
-def random_qtensor(shape: tuple[int, int], spec: WeightSpec, outlier_share: float = 0.0, seed: int = 0) -> QTensor:
+def random_qtensor(
+    shape: tuple[int, int], spec: WeightSpec, outlier_share: float = 0.0, seed: int = 0, value_bits: int = 16
+) -> QTensor:
     """Random codes, scales, zeros and outliers of every legal value."""
     random = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, spec.max_code + 1, shape, generator=random, dtype=torch.uint8)
@@ -128,14 +132,43 @@ def random_qtensor(shape: tuple[int, int], spec: WeightSpec, outlier_share: floa
     # Scales of symmetric codes may be negative.
     scale = torch.where(torch.rand(groups, generator=random) < 0.5, -scale, scale) if spec.symmetric else scale
     zero = stored_zero(torch.rand(groups, generator=random) * (spec.max_code + 2) - 1, spec)
+    grid = Grid(scale, zero, spec) if spec.bilevel is None else _random_levels(zero, spec, random)
     mask = torch.rand(shape, generator=random) < outlier_share
-    outliers = Outliers.gather(mask, torch.randn(shape, generator=random)) if outlier_share else None
-    return QTensor(codes, Grid(scale, zero, spec), outliers)
+    residual = torch.randn(shape, generator=random)
+    return QTensor(codes, grid, Outliers.gather(mask, residual, value_bits) if outlier_share else None)
 
 
-def minmax_qtensor(weight: Tensor, spec: WeightSpec, outlier_share: float = 0.0) -> QTensor:
+def _random_levels(zero: Tensor, spec: WeightSpec, random: torch.Generator) -> Grid:
+    """A grid of random second-level codes and statistics; `zero` [out, groups] for zeros of one level."""
+    bilevel = spec.bilevel
+    assert bilevel is not None
+    shape = (zero.shape[0], zero.shape[1])
+    statistics = torch.rand(*bilevel.superblocks(*shape), bilevel.statistics, generator=random) * 0.02 + 0.001
+    if spec.symmetric:
+        statistics = statistics * torch.where(torch.rand(*statistics.shape[:2], 1, generator=random) < 0.5, -1, 1)
+    scale_codes = torch.randint(0, 1 << bilevel.scale_bits, shape, generator=random, dtype=torch.uint8)
+    if bilevel.axis == "column":
+        scale_codes[scale_codes == code_offset(spec)] += 1
+    zero_codes = None
+    if bilevel.zero_bits is not None:
+        zero_codes = torch.randint(0, 1 << bilevel.zero_bits, shape, generator=random, dtype=torch.uint8)
+    levels = SecondLevel(scale_codes, zero_codes, statistics.to(spec.storage_dtype).float())
+    return Grid.of_levels(levels, zero if zero_codes is None else None, spec)
+
+
+def minmax_qtensor(weight: Tensor, spec: WeightSpec, outlier_share: float = 0.0, value_bits: int = 16) -> QTensor:
     """`weight` rounded to a min-max grid; the worst `outlier_share` of the weights kept as outliers."""
     weight = weight.detach().float()
+    grid = _minmax_grid(weight, spec) if spec.bilevel is None else fit_grid(weight, None, None, spec, Minmax())
+    codes = grid.encode(weight)
+    residual = weight - grid.decode(codes)
+    if not outlier_share:
+        return QTensor(codes, grid)
+    limit = residual.abs().flatten().kthvalue(round(weight.numel() * (1 - outlier_share))).values
+    return QTensor(codes, grid, Outliers.gather(residual.abs() > limit, residual, value_bits))
+
+
+def _minmax_grid(weight: Tensor, spec: WeightSpec) -> Grid:
     scales, zeros = [], []
     for part in group_rows(weight, spec):
         low, high = part.amin(1).clamp_max(0), part.amax(1).clamp_min(0)
@@ -144,13 +177,7 @@ def minmax_qtensor(weight: Tensor, spec: WeightSpec, outlier_share: float = 0.0)
         scales.append(scale)
         zeros.append(stored_zero(-low / scale, spec))
     rows = weight.shape[0]
-    grid = Grid(ungroup_rows(scales, rows), ungroup_rows(zeros, rows), spec)
-    codes = grid.encode(weight)
-    residual = weight - grid.decode(codes)
-    if not outlier_share:
-        return QTensor(codes, grid)
-    limit = residual.abs().flatten().kthvalue(round(weight.numel() * (1 - outlier_share))).values
-    return QTensor(codes, grid, Outliers.gather(residual.abs() > limit, residual))
+    return Grid(ungroup_rows(scales, rows), ungroup_rows(zeros, rows), spec)
 
 
 @pytest.fixture(scope="session")

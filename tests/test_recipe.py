@@ -20,7 +20,17 @@ def test_impossible_schemes_are_refused(text: str) -> None:
 
 
 def test_presets() -> None:
-    assert method_names() == ["easyquant", "easyquant-paper", "hqq", "rtn"]
+    assert method_names() == [
+        "easyquant",
+        "easyquant-paper",
+        "gptq",
+        "gptq-paper",
+        "hqq",
+        "rtn",
+        "spqr",
+        "spqr-near-lossless",
+        "spqr-paper",
+    ]
     for name in method_names():
         assert load_method(name).name == name
         assert load_method(name).summary

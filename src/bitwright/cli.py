@@ -34,6 +34,12 @@ MethodOption = Annotated[str | None, typer.Option("--method", "-m", help="A pres
 SchemeOption = Annotated[str | None, typer.Option("--scheme", "-s", help="Such as w4a16g64 or w3a16g128-sym.")]
 RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="A TOML recipe instead of method and scheme.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a field: key=value. Repeatable.")]
+TextOption = Annotated[
+    str | None, typer.Option("--calibration", help="Calibration text: a file, 'builtin', 'self', or hf:NAME.")
+]
+BitsOption = Annotated[
+    float | None, typer.Option("--bits-per-weight", help="Keep as many outliers as so many bits leave room for.")
+]
 WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Threads; default: all processors.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 
@@ -52,12 +58,15 @@ def plan(
     scheme: SchemeOption = None,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
+    calibration: TextOption = None,
+    bits_per_weight: BitsOption = None,
     workers: WorkersOption = None,
     rows: Annotated[bool, typer.Option("--rows", help="One line per tensor, blocks not folded.")] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Show what quantizing would do, without reading any weight."""
-    made = bitwright.plan(model, recipe=bitwright.load_recipe(method, scheme, recipe, overrides or ()))
+    settings = _overrides(overrides, calibration, bits_per_weight)
+    made = bitwright.plan(model, recipe=bitwright.load_recipe(method, scheme, recipe, settings))
     needs = estimate(made, workers)
     show.show_plan(made, needs, rows)
     _write_json(json_file, made.to_json() | {"estimate": vars(needs)})
@@ -71,16 +80,23 @@ def quantize(
     scheme: SchemeOption = None,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
+    calibration: TextOption = None,
+    bits_per_weight: BitsOption = None,
     workers: WorkersOption = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run in this folder.")] = False,
+    max_fallbacks: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of calibrated tensors that may be rounded to nearest instead.")
+    ] = 0.0,
     json_file: JsonOption = None,
 ) -> None:
     """Quantize a model; a run that was stopped continues when started again."""
-    wanted = bitwright.load_recipe(method, scheme, recipe, overrides or ())
+    settings = _overrides(overrides, calibration, bits_per_weight)
+    wanted = bitwright.load_recipe(method, scheme, recipe, settings)
     with show.progress_bar("quantizing") as bar:
         options = bitwright.RunOptions(
             workers=workers,
             restart=restart,
+            max_fallbacks=max_fallbacks,
             announce=lambda plan, needs: show.show_expectation(plan, needs, bar.console),
             progress=lambda what, done, total: bar.update(bar.task_ids[0], completed=done, total=total, what=what),
         )
@@ -103,10 +119,13 @@ def evaluate(
     length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
     protocol: Annotated[Protocol, typer.Option(help="How windows are cut from the text.")] = "gptq",
     layout: Annotated[Layout, typer.Option(help="How a text file becomes one text.")] = "auto",
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="Evaluate on text that the model was calibrated on.")
+    ] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Measure perplexity and, with --against, the distance to the float model."""
-    options = EvalOptions(windows=windows, length=length, protocol=protocol)
+    options = EvalOptions(windows=windows, length=length, protocol=protocol, allow_overlap=allow_overlap)
     with show.progress_bar("evaluating") as bar:
         evaluation = bitwright.eval(
             model,
@@ -147,6 +166,12 @@ def generate(
     result = bitwright.generate(model, prompt, tokens=tokens, chat=chat)
     show.console.print(result.text, highlight=False, markup=False)
     show.error_console.print(f"[dim]{result.tokens} tokens in {result.seconds:.1f} s[/]")
+
+
+def _overrides(given: list[str] | None, calibration: str | None, bits_per_weight: float | None) -> list[str]:
+    """`--set` and the options that are short for one."""
+    short = {"calibration.text": calibration and json.dumps(calibration), "bits_per_weight": bits_per_weight}
+    return [*(given or ()), *(f"{key}={value}" for key, value in short.items() if value is not None)]
 
 
 def _write_json(path: Path | None, content: dict[str, Any]) -> None:

@@ -15,7 +15,8 @@ from bitwright.evaluate import Evaluation
 from bitwright.inspect import Inspection
 from bitwright.machine import Estimate
 from bitwright.pipeline import Summary
-from bitwright.plan import Plan, Row
+from bitwright.plan import Plan
+from bitwright.rows import Row
 
 # Without a terminal there is no width to ask for; tables in logs should not be folded.
 console = Console(width=None if sys.stdout.isatty() else 140)
@@ -122,6 +123,9 @@ def show_summary(summary: Summary) -> None:
         size(summary.peak_rss_bytes),
     )
     console.print(table)
+    if summary.phases:
+        phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in summary.phases.items())
+        console.print(f"of which {phases}.", highlight=False)
     fallbacks = [record["tensor"] for record in quantized if record["fallbacks"]]
     if fallbacks:
         console.print(f"[bold red]{len(fallbacks)} fallbacks[/]: {', '.join(fallbacks[:5])}")

@@ -4,6 +4,8 @@
     ├── RecipeError       a recipe, scheme, method or override that cannot mean anything
     ├── PlanError         a recipe that cannot be applied to this checkpoint on this machine
     ├── CheckpointError   a source checkpoint that is missing, truncated, corrupt or inconsistent
+    ├── CalibrationError  calibration text, tokens or activations that cannot be used
+    ├── FallbackError     more tensors had to be rounded in another way than asked for than the run allows
     ├── WeightError       weights that cannot be quantized (NaN, Inf, out of the scale's range)
     ├── FormatError       a quantized artefact that does not follow its byte specification
     ├── ResumeError       an output folder that belongs to another job
@@ -30,6 +32,14 @@ class PlanError(BitwrightError):
 
 class CheckpointError(BitwrightError):
     """A source checkpoint that is missing, truncated, corrupt or inconsistent."""
+
+
+class CalibrationError(BitwrightError):
+    """Calibration text, tokens or activations that cannot be used: too few, or not finite."""
+
+
+class FallbackError(BitwrightError):
+    """More tensors had to be rounded in another way than the recipe asks for than the run allows."""
 
 
 class WeightError(BitwrightError):

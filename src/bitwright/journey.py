@@ -1,12 +1,13 @@
 """One tensor's journey: read, check, range + round, pack, verify, measure.
 
 Data-free recipes need nothing but the tensor itself, so this is all of their work; the spine only decides which
-tensor is next and where its bytes go.
+tensor is next and where its bytes go. Calibrated ones bring the Hessian of the tensor's inputs (see `walk`).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,18 +18,33 @@ from bitwright.checkpoint.source import Source
 from bitwright.errors import FormatError, WeightError
 from bitwright.formats.native import TensorEntry, pack, unpack
 from bitwright.numeric.measure import sqnr_db, squared_error
+from bitwright.numeric.outliers import NoOutliers, NSigma
 from bitwright.numeric.qtensor import QTensor
-from bitwright.plan import Row
+from bitwright.rounding.gptq import Gptq, Rounded, quantize_gptq
 from bitwright.rounding.nearest import CHUNK_WEIGHTS, quantize_nearest, row_chunks
+from bitwright.rows import Row
+
+Record = dict[str, Any]
+"""What the manifest says of one tensor."""
 
 
-def read_row(source: Source, row: Row) -> tuple[Tensor | None, dict[str, Any]]:
+@dataclass(frozen=True)
+class Outcome:
+    """What is stored of one tensor, by whole name, and its finished record."""
+
+    parts: dict[str, Tensor]
+    record: Record
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Where the time went, by phase."""
+
+
+def read_row(source: Source, row: Row) -> tuple[Tensor | None, Record]:
     """A tensor's values (None when it is tied) and the beginning of its record for the manifest.
 
     Raises:
         CheckpointError: the tensor cannot be read.
     """
-    record: dict[str, Any] = {
+    record: Record = {
         "tensor": row.tensor,
         "shape": list(row.shape),
         "action": row.action,
@@ -41,21 +57,33 @@ def read_row(source: Source, row: Row) -> tuple[Tensor | None, dict[str, Any]]:
     return tensor, record | {"source_sha256": tensor_sha256(tensor)}
 
 
-def process_row(row: Row, tensor: Tensor | None, record: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """One tensor from its values to what is stored, and its finished record.
+def process_row(row: Row, tensor: Tensor | None, record: Record, hessian: Tensor | None = None) -> Outcome:
+    """One tensor from its values to what is stored; `hessian` [in, in] is that of its inputs.
 
     Raises:
         WeightError: it holds NaN or Inf, or does not fit its stored types.
     """
     if tensor is None:
-        return {}, record
+        return Outcome({}, record)
     _check_finite(tensor, row.tensor)
     try:
-        parts, details = _keep(tensor, row) if row.action == "keep" else _quantize(tensor, row)
+        if row.action == "keep":
+            parts, details, seconds = *_keep(tensor, row), {}
+        else:
+            rounded = _round(tensor, row, hessian)
+            parts, details = _pack(tensor, row, rounded)
+            seconds = rounded.seconds
     except WeightError as error:
         raise WeightError(f"{row.tensor}: {error}") from error
     nbytes = sum(part.numel() * part.dtype.itemsize for part in parts.values())
-    return parts, record | {"bytes": nbytes} | details
+    return Outcome(parts, record | {"bytes": nbytes} | details, seconds)
+
+
+def stored_entry(row: Row, record: Record) -> TensorEntry:
+    """The layout of a quantized row, of which `record` tells how many outliers were kept."""
+    assert row.spec is not None
+    shape = (row.shape[0], row.shape[1])
+    return TensorEntry(row.spec, shape, record["outliers"], record["outlier_value_bits"])
 
 
 def _check_finite(tensor: Tensor, name: str) -> None:
@@ -84,24 +112,37 @@ def _keep(tensor: Tensor, row: Row) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {row.tensor: stored}, {"dtype": str(row.stored_dtype).removeprefix("torch.")}
 
 
-def _quantize(weight: Tensor, row: Row) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _pack(weight: Tensor, row: Row, rounded: Rounded) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What is stored of a rounded tensor, verified, and what the manifest says of it."""
     assert row.spec is not None
     assert row.method is not None
-    result = quantize_nearest(weight, None, row.spec, row.method.range, row.method.outliers)
-    count = 0 if result.outliers is None else result.outliers.count
-    entry = TensorEntry(spec=row.spec, shape=result.shape, outliers=count)
-    parts = pack(result)
+    entry = TensorEntry.of(rounded.q)
+    parts = pack(rounded.q)
     decoded = unpack(row.tensor, parts, entry)
-    if not torch.equal(decoded.codes, result.codes):
+    if not torch.equal(decoded.codes, rounded.q.codes):
         raise FormatError(f"{row.tensor}: packed codes do not unpack to themselves; this is a bug in bitwright")
     details = {
         "method": row.method.name,
         "spec": row.spec.model_dump(mode="json"),
-        "outliers": count,
+        "outliers": entry.outliers,
+        "outlier_value_bits": entry.value_bits,
         "sqnr_db": _measure(weight, decoded),
-        "fallbacks": [],
+        "fallbacks": list(rounded.fallbacks),
     }
-    return {f"{row.module}.{name}": part for name, part in parts.items()}, details
+    return {f"{row.module}.{name}": part for name, part in parts.items()}, details | rounded.details
+
+
+def _round(weight: Tensor, row: Row, hessian: Tensor | None) -> Rounded:
+    """Codes, grid and outliers as the row's method chooses them."""
+    assert row.spec is not None
+    assert row.method is not None
+    method = row.method
+    if isinstance(method.rounding, Gptq):
+        if hessian is None:
+            raise ValueError(f"{row.tensor}: {method.name} needs the Hessian of its inputs")
+        return quantize_gptq(weight, hessian, row.spec, method.range, method.outliers, method.rounding)
+    assert isinstance(method.outliers, NoOutliers | NSigma)  # refused by the recipe
+    return Rounded(quantize_nearest(weight, None, row.spec, method.range, method.outliers))
 
 
 def _measure(weight: Tensor, decoded: QTensor) -> float | None:

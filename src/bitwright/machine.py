@@ -13,13 +13,16 @@ from bitwright.errors import PlanError
 from bitwright.execute.local import default_workers, torch_threads
 from bitwright.execute.memory import available_memory_bytes, current_rss_bytes
 from bitwright.journey import process_row
-from bitwright.plan import Plan, Row
+from bitwright.plan import Plan
 from bitwright.rounding.nearest import CHUNK_WEIGHTS
+from bitwright.rows import Row
 
 # Seconds per byte of reading, hashing and syncing, on a plain disk of 1 GB/s: only matters beside fast methods.
 _SECONDS_PER_BYTE = 1e-9
 # Float temporaries of a range search for each thread: the chunk, its buffers, its outlier masks.
 _THREAD_BYTES = 16 * 4 * CHUNK_WEIGHTS
+# What attention, norms and narrow matrices add to the operations of a block's linears, in time.
+_OVERHEAD = 1.6
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,15 @@ def estimate(plan: Plan, workers: int | None = None) -> Estimate:
     """Needs of `plan` on this machine.
 
     Time comes from quantizing a small random tile with each distinct method and spec, right now, so it
-    follows the processor and its load; memory is counted from the plan's largest tensors.
+    follows the processor and its load; that of calibrated methods from the speed of a matrix product. Memory is
+    counted from the plan's largest tensors and, with calibration, its largest block.
     """
     workers = workers or default_workers()
     speed: dict[str, float] = {}
     seconds = 0.0
     for row in plan.rows():
         seconds += row.source_bytes * _SECONDS_PER_BYTE
-        if row.action == "quantize" and row.spec is not None and row.method is not None:
+        if row.action == "quantize" and row.spec is not None and row.method is not None and not row.calibrated:
             key = f"{row.spec} {row.method}"
             if key not in speed:
                 speed[key] = _seconds_per_weight(row)
@@ -53,7 +57,51 @@ def estimate(plan: Plan, workers: int | None = None) -> Estimate:
     waiting = sum(sorted((row.source_bytes for row in plan.rows()), reverse=True)[:2])
     finished = max((sum(row.bytes for row in unit.rows) for unit in plan.units), default=0)
     peak = current_rss_bytes() + working + waiting + finished + workers * _THREAD_BYTES
+    if plan.inputs is not None:
+        seconds += _calibration_operations(plan) / _operations_per_second(workers)
+        peak += _calibration_bytes(plan)
     return Estimate(seconds, peak, plan.bytes, workers)
+
+
+def _calibration_operations(plan: Plan) -> float:
+    """Floating-point operations of forward and backward passes, Hessians, factors and columns."""
+    assert plan.inputs is not None
+    tokens = plan.recipe.calibration.windows * plan.recipe.calibration.window_tokens
+    # The pass that advances the stream, and those that stop at each stage; forward, forward and backward.
+    passes = (2.3 if plan.inputs.sequential else 2.0) + (3.0 if plan.inputs.weighting == "gradient" else 0.0)
+    leaders = {group[0] for group in plan.adapter.shared_inputs}
+    total = 0.0
+    for unit in plan.units:
+        for row in unit.rows:
+            if unit.block is not None and len(row.shape) == 2:
+                total += 2.0 * passes * tokens * row.weights
+            if row.calibrated and unit.block is not None:
+                out_features, in_features = row.shape
+                if row.module.removeprefix(plan.adapter.block_prefix(unit.block)) in leaders:
+                    total += 1.2 * tokens * in_features**2  # panels of half a symmetric product
+                total += 2.0 * in_features**3 + 2.0 * out_features * in_features**2
+    return _OVERHEAD * total
+
+
+def _calibration_bytes(plan: Plan) -> int:
+    """A block in float32 twice, its activations for one batch, and the largest Hessian with its factors."""
+    block = max(sum(4 * row.weights for row in unit.rows) for unit in plan.units if unit.block is not None)
+    widest = max(row.shape[1] for row in plan.rows() if row.calibrated)
+    tokens = max(2048, plan.recipe.calibration.window_tokens)
+    vocabulary = max(row.shape[0] for row in plan.rows() if len(row.shape) == 2)
+    head = 3 * 4 * vocabulary * tokens if plan.inputs is not None and plan.inputs.weighting == "gradient" else 0
+    return 2 * block + max(head, 4 * 12 * tokens * widest + 5 * 8 * widest**2)
+
+
+def _operations_per_second(workers: int) -> float:
+    """Of a float32 matrix product, right now."""
+    matrix = torch.ones(768, 768)
+    with torch_threads(workers):
+        _ = matrix @ matrix
+        started = time.perf_counter()
+        for _ in range(4):
+            _ = matrix @ matrix
+        return 4 * 2 * 768**3 / (time.perf_counter() - started)
 
 
 def _working_bytes(row: Row) -> int:

@@ -3,7 +3,8 @@
     source -> plan -> [ read -> range + round -> pack -> verify ] per tensor -> shard -> journal -> publish
 
 Data-free recipes need no block inputs, so tensors are independent and flow through in order: one thread reads
-ahead, this one computes on all processors, and one writes each unit's shard behind.
+ahead, this one computes on all processors, and one writes each unit's shard behind. Calibrated recipes walk from
+block to block, each rounded under the inputs that the blocks before it give (see `walk`).
 Killed at any moment and started again, the job continues after its last finished shard and ends with the same
 bytes.
 """
@@ -13,9 +14,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +25,25 @@ import torch
 from torch import Tensor
 
 from bitwright import __about__
+from bitwright.calibration.sample import sample_from_model
+from bitwright.calibration.tokens import TokenWindows, calibration_windows
 from bitwright.checkpoint.journal import Journal
+from bitwright.checkpoint.load import load_model, load_tokenizer
 from bitwright.checkpoint.manifest import read_manifest, write_manifest
 from bitwright.checkpoint.open import open_source
-from bitwright.checkpoint.shard import read_header, tensor_sha256, write_shard, write_text
+from bitwright.checkpoint.shard import read_header, read_shard, tensor_sha256, write_shard, write_text
 from bitwright.checkpoint.source import Source
-from bitwright.errors import FormatError, ResumeError
+from bitwright.errors import FallbackError, FormatError, ResumeError
 from bitwright.execute.local import ahead, default_workers, torch_threads
 from bitwright.execute.memory import peak_rss_bytes
-from bitwright.formats.native import FORMAT_VERSION, TensorEntry, quantization_config
-from bitwright.journey import process_row, read_row
+from bitwright.formats.native import FORMAT_VERSION, quantization_config
+from bitwright.journey import Outcome, Record, process_row, read_row, stored_entry
 from bitwright.machine import Estimate, check_machine, estimate
 from bitwright.plan import Plan, make_plan
 from bitwright.recipe import Recipe, as_recipe
+from bitwright.rounding.gptq import NEAREST
+from bitwright.rows import Row, Unit
+from bitwright.walk import Values, Walk
 
 WeightProgress = Callable[[str, int, int], None]
 FinishedUnit = tuple[str, dict[str, Tensor], list[dict[str, Any]]]
@@ -53,6 +61,8 @@ class Summary:
     peak_rss_bytes: int
     resumed_shards: int
     """Shards that an earlier run of the same job had finished."""
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds of a calibrated job by phase; what is missing is reading, packing, verifying and writing."""
 
     @property
     def bytes(self) -> int:
@@ -76,6 +86,7 @@ class Summary:
             "weights_per_second": weights / self.seconds if self.seconds else None,
             "peak_rss_bytes": self.peak_rss_bytes,
             "resumed_shards": self.resumed_shards,
+            "phases": self.phases,
             "tensors": self.records,
         }
 
@@ -98,7 +109,9 @@ class RunOptions:
     announce: Callable[[Plan, Estimate], None] | None = None
     """Called once, with the plan and what it is expected to need, before any work."""
     progress: WeightProgress | None = None
-    """Called with what just finished, weights done so far, and weights in all."""
+    """Called with what just finished or is being done, weights done so far, and weights in all."""
+    max_fallbacks: float = 0.0
+    """Share of the calibrated tensors that may be rounded to nearest because their Hessian is of no use."""
 
 
 _DEFAULTS = RunOptions()
@@ -127,7 +140,8 @@ def quantize(
     out = Path(out)
     source = open_source(model)
     plan = make_plan(source, as_recipe(recipe, method, scheme))
-    job = _job(source, plan)
+    windows = _calibration(source, plan)
+    job = _job(source, plan, windows)
     if out.exists():
         return _already_done(out, source, job, started)
     workers = options.workers or default_workers()
@@ -137,15 +151,65 @@ def quantize(
         options.announce(plan, needs)
     with torch_threads(workers), Journal(out, job, options.restart) as journal:
         resumed = len(journal.done)
-        _quantize_units(source, plan, journal, options.progress)
-        records = _finish(source, plan, journal, job)
+        phases = _quantize_units(source, plan, journal, windows, _Report(plan, journal, options))
+        records = _finish(source, plan, journal, job, windows)
         journal.publish()
-    return Summary(out, records, time.perf_counter() - started, peak_rss_bytes(), resumed)
+    return Summary(out, records, time.perf_counter() - started, peak_rss_bytes(), resumed, phases)
 
 
-def _job(source: Source, plan: Plan) -> dict[str, Any]:
+def _calibration(source: Source, plan: Plan) -> TokenWindows | None:
+    """The windows that calibrated rows are shown; None when there are none."""
+    if plan.inputs is None:
+        return None
+    settings, seed = plan.recipe.calibration, plan.recipe.seed
+    if settings.text == "self":
+        loaded = load_model(plan.source)
+        return calibration_windows(settings, loaded.tokenizer, seed, partial(sample_from_model, loaded.model))
+    return calibration_windows(settings, load_tokenizer(source), seed)
+
+
+class _Report:
+    """What the run tells on its way: progress, and fallbacks before they are too many."""
+
+    def __init__(self, plan: Plan, journal: Journal, options: RunOptions):
+        self._options = options
+        self._total = sum(row.weights for row in plan.rows())
+        names = {plan.shard_name(index): unit for index, unit in enumerate(plan.units)}
+        self._done = sum(row.weights for name in journal.done for row in names[name].rows)
+        self._allowed = int(options.max_fallbacks * sum(row.calibrated for row in plan.rows()))
+        self._fallen = [r["tensor"] for shard in journal.done.values() for r in shard["records"] if _fell_back(r)]
+
+    def say(self, what: str) -> None:
+        """Tell what is being done."""
+        if self._options.progress is not None:
+            self._options.progress(what, self._done, self._total)
+
+    def finished(self, row: Row, record: Record) -> None:
+        """Count a tensor.
+
+        Raises:
+            FallbackError: it is one rounded to nearest too many.
+        """
+        self._done += row.weights
+        if _fell_back(record):
+            self._fallen.append(row.tensor)
+            if len(self._fallen) > self._allowed:
+                raise FallbackError(
+                    f"{row.tensor}: {'; '.join(record['fallbacks'])}; that makes {len(self._fallen)} tensors rounded "
+                    f"to nearest, and {self._allowed} are allowed; give more or other calibration text, or allow more "
+                    "with --max-fallbacks"
+                )
+        self.say(row.tensor)
+
+
+def _fell_back(record: Record) -> bool:
+    return any(line.startswith(NEAREST) for line in record.get("fallbacks", ()))
+
+
+def _job(source: Source, plan: Plan, windows: TokenWindows | None) -> dict[str, Any]:
     """What must be equal for two runs to be the same job; `source_files` is for resume alone."""
     return {
+        "calibration": None if windows is None else windows.sha256,
         "source": source.fingerprint(),
         "source_files": source.identity(),
         "recipe": plan.recipe.sha256(),
@@ -165,7 +229,7 @@ def _already_done(out: Path, source: Source, job: dict[str, Any], started: float
     if manifest is None:
         raise ResumeError(f"{out}: exists and is not a bitwright result; choose another folder or remove it")
     records = manifest["tensors"]
-    changed = [key for key in ("source", "recipe", "seed") if manifest["job"].get(key) != job[key]]
+    changed = [key for key in ("source", "recipe", "seed", "calibration") if manifest["job"].get(key) != job[key]]
     if not changed:
         read = [record for record in records if "source_sha256" in record]
         sums = ahead(lambda record: tensor_sha256(source.read(record["tensor"])), read)
@@ -179,38 +243,66 @@ def _already_done(out: Path, source: Source, job: dict[str, Any], started: float
     return Summary(out, records, time.perf_counter() - started, peak_rss_bytes(), len(manifest["shards"]))
 
 
-def _quantize_units(source: Source, plan: Plan, journal: Journal, progress: WeightProgress | None) -> None:
-    """Write every shard that the journal does not have yet."""
+def _quantize_units(
+    source: Source, plan: Plan, journal: Journal, windows: TokenWindows | None, report: _Report
+) -> dict[str, float]:
+    """Write every shard that the journal does not have yet; gives the seconds of each phase of a calibrated job."""
     todo = [index for index in range(len(plan.units)) if plan.shard_name(index) not in journal.done]
-    total = sum(row.weights for row in plan.rows())
-    done = total - sum(row.weights for index in todo for row in plan.units[index].rows)
-    rows = [row for index in todo for row in plan.units[index].rows]
-    values = ahead(lambda row: read_row(source, row), rows)
-
-    def compute() -> Iterator[FinishedUnit]:
-        nonlocal done
-        for index in todo:
-            parts: dict[str, Tensor] = {}
-            records = []
-            for row in plan.units[index].rows:
-                row_parts, record = process_row(row, *next(values))
-                parts.update(row_parts)
-                records.append(record)
-                done += row.weights
-                if progress is not None:
-                    progress(row.tensor, done, total)
-            yield plan.shard_name(index), parts, records
+    values = ahead(lambda row: read_row(source, row), [row for index in todo for row in plan.units[index].rows])
 
     def write(unit: FinishedUnit) -> None:
         name, parts, records = unit
         sha256 = write_shard(journal.output / name, parts, {"format": "pt", "bitwright": str(FORMAT_VERSION)})
         journal.record(name, sha256, records)
 
-    for _ in ahead(write, compute()):
-        pass
+    if windows is None or not todo:
+        for _ in ahead(write, (_unit(plan, index, _independent(plan.units[index], values), report) for index in todo)):
+            pass
+        return {}
+    with Walk(source, plan, windows.ids, journal.folder, report.say) as walk:
+        for _ in ahead(write, _walked_units(walk, plan, journal, values, report)):
+            pass
+        return walk.watch.seconds
 
 
-def _finish(source: Source, plan: Plan, journal: Journal, job: dict[str, Any]) -> list[dict[str, Any]]:
+def _walked_units(walk: Walk, plan: Plan, journal: Journal, values: Values, report: _Report) -> Iterator[FinishedUnit]:
+    """The units that are left, in order; those that an earlier run has finished are replayed."""
+    last = max(index for index in range(len(plan.units)) if plan.shard_name(index) not in journal.done)
+    for index, unit in enumerate(plan.units[: last + 1]):
+        done = journal.done.get(plan.shard_name(index))
+        if done is None:
+            rounded = _independent(unit, values) if unit.block is None else walk.process(unit, values)
+            finished = _unit(plan, index, rounded, report)
+            yield finished
+            _, parts, records = finished
+        else:
+            records = done["records"]
+            parts = read_shard(journal.output / done["shard"])
+        if unit.block is None:
+            walk.before_blocks(unit, parts, records)
+        elif done is not None:
+            walk.replay(unit, parts, records)
+
+
+def _independent(unit: Unit, values: Values) -> Iterator[tuple[Row, Outcome]]:
+    """Rows that need nothing but themselves."""
+    return ((row, process_row(row, *next(values))) for row in unit.rows)
+
+
+def _unit(plan: Plan, index: int, rounded: Iterable[tuple[Row, Outcome]], report: _Report) -> FinishedUnit:
+    """Shard name, tensors and records of one unit, in the order of its rows."""
+    outcomes: dict[str, Outcome] = {}
+    for row, outcome in rounded:
+        outcomes[row.tensor] = outcome
+        report.finished(row, outcome.record)
+    ordered = [outcomes[row.tensor] for row in plan.units[index].rows]
+    parts = {name: part for outcome in ordered for name, part in outcome.parts.items()}
+    return plan.shard_name(index), parts, [outcome.record for outcome in ordered]
+
+
+def _finish(
+    source: Source, plan: Plan, journal: Journal, job: dict[str, Any], windows: TokenWindows | None
+) -> list[Record]:
     """Write config, index, tokenizer and manifest beside the shards; returns every tensor's record."""
     folder = journal.output
     _remove_strangers(folder, set(journal.done))
@@ -228,6 +320,7 @@ def _finish(source: Source, plan: Plan, journal: Journal, job: dict[str, Any]) -
     content = {
         "job": {key: value for key, value in job.items() if key != "source_files"},
         "source_label": plan.source,
+        "calibration": None if windows is None else windows.to_json(),
         "recipe": plan.recipe.model_dump(mode="json"),
         "shards": [shard["shard"] for shard in shards],
         "tensors": records,
@@ -245,11 +338,9 @@ def _remove_strangers(folder: Path, shards: set[str]) -> None:
 
 
 def _quantization_config(plan: Plan, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    outliers = {record["tensor"]: record.get("outliers", 0) for record in records}
+    details = {record["tensor"]: record for record in records}
     entries = {
-        row.module: TensorEntry(spec=row.spec, shape=(row.shape[0], row.shape[1]), outliers=outliers[row.tensor])
-        for row in plan.rows()
-        if row.spec is not None
+        row.module: stored_entry(row, dict(details[row.tensor])) for row in plan.rows() if row.action == "quantize"
     }
     config = quantization_config(entries)
     if plan.tied_head is not None:

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from bitwright.budget import within_budget
 from bitwright.checkpoint.open import open_source
-from bitwright.checkpoint.shard import NAMES, TensorInfo
+from bitwright.checkpoint.shard import TensorInfo
 from bitwright.checkpoint.source import Source
 from bitwright.errors import PlanError
 from bitwright.formats.native import TensorEntry, packed_bytes
@@ -25,64 +26,11 @@ from bitwright.models import adapter_for
 from bitwright.models.adapter import Adapter, block_count
 from bitwright.numeric.outliers import NoOutliers, NSigma
 from bitwright.numeric.spec import WeightSpec
-from bitwright.recipe import Method, Recipe, Rule, Scheme, as_recipe, weight_spec
+from bitwright.recipe import Inputs, Method, Recipe, Rule, Scheme, as_recipe, weight_spec
+from bitwright.rounding.sensitivity import DEFAULT_SHARE, Obs
+from bitwright.rows import Row, Unit
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One tensor of the checkpoint and what becomes of it."""
-
-    tensor: str
-    shape: tuple[int, ...]
-    source_dtype: torch.dtype
-    action: Literal["quantize", "keep", "tied"]
-    rule: str
-    bytes: int
-    """Bytes on disk: exact for kept tensors and without outliers, else expected."""
-    stored_dtype: torch.dtype | None = None
-    """Of a kept tensor."""
-    spec: WeightSpec | None = None
-    method: Method | None = None
-
-    @property
-    def module(self) -> str:
-        """The module that owns the tensor, which is what rules match."""
-        return self.tensor.rpartition(".")[0]
-
-    @property
-    def weights(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def source_bytes(self) -> int:
-        """Bytes of the tensor in the source."""
-        return self.weights * self.source_dtype.itemsize
-
-    def to_json(self) -> dict[str, Any]:
-        """The row for `plan --json`."""
-        return {
-            "tensor": self.tensor,
-            "shape": list(self.shape),
-            "source_dtype": NAMES[self.source_dtype],
-            "action": self.action,
-            "rule": self.rule,
-            "bytes": self.bytes,
-            "stored_dtype": None if self.stored_dtype is None else NAMES[self.stored_dtype],
-            "spec": None if self.spec is None else self.spec.model_dump(mode="json"),
-            "method": None if self.method is None else self.method.name,
-            "bits_per_weight": 8 * self.bytes / self.weights if self.weights else None,
-        }
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Tensors that travel together into one shard."""
-
-    label: str
-    rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
@@ -100,6 +48,11 @@ class Plan:
         """Every row, in the order of travel."""
         for unit in self.units:
             yield from unit.rows
+
+    @property
+    def inputs(self) -> Inputs | None:
+        """What calibrated rows, all of them alike, need to know of their inputs; None when no row is calibrated."""
+        return next((row.method.inputs for row in self.rows() if row.method is not None and row.calibrated), None)
 
     def shard_name(self, index: int) -> str:
         """File name of unit `index`."""
@@ -167,6 +120,11 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     adapter = adapter_for(source.config)
     planner = _Planner(source, recipe, adapter)
     units = planner.units()
+    if recipe.bits_per_weight is not None and not planner.refusals:
+        try:
+            units = within_budget(units, recipe.bits_per_weight)
+        except PlanError as error:
+            planner.refusals.append(str(error))
     if planner.refusals:
         raise PlanError(f"{source.label}: " + "; ".join(planner.refusals))
     return Plan(source.label, recipe, adapter, units, planner.tied_head)
@@ -179,6 +137,7 @@ class _Planner:
         self.source, self.recipe, self.adapter = source, recipe, adapter
         self.refusals: list[str] = []
         self.tied_head: str | None = None
+        self.inputs: Inputs | None = None
         self.blocks = block_count(source.config)
         self.block_linears = [
             adapter.block_prefix(block) + name for block in range(self.blocks) for name in adapter.linears
@@ -197,6 +156,7 @@ class _Planner:
             Unit(
                 labels.get(index, f"block {index - 1}"),
                 tuple(sorted(grouped[index], key=lambda row: row.tensor)),
+                index - 1 if 1 <= index <= self.blocks else None,
             )
             for index in sorted(grouped)
         )
@@ -270,12 +230,15 @@ class _Planner:
         spec = weight_spec(method, scheme, self.recipe.scale_dtype)
         self._check_matrix(name, info, spec)
         self._check_scheme(scheme, method)
+        if method.calibrated:
+            self._check_calibrated(name, method)
         if name.rpartition(".")[0] == self.adapter.embedding and self.tied:
             self.tied_head = self.adapter.head
         nbytes = 0
         if len(info.shape) == 2:
             outliers = round(expected_outlier_share(method.outliers) * info.numel)
-            nbytes = packed_bytes(TensorEntry(spec=spec, shape=(info.shape[0], info.shape[1]), outliers=outliers))
+            value_bits = method.outliers.value_bits if isinstance(method.outliers, Obs) and outliers else 16
+            nbytes = packed_bytes(TensorEntry(spec, (info.shape[0], info.shape[1]), outliers, value_bits))
         label = "default" if rule.match == "*" and rule not in self.recipe.rules else f"rule {rule.match!r}"
         return Row(name, info.shape, info.dtype, "quantize", label, nbytes, spec=spec, method=method)
 
@@ -289,6 +252,20 @@ class _Planner:
             )
         if info.dtype not in _FLOATS:
             self.refusals.append(f"{name} is {info.dtype}, needed float16, bfloat16, float32 or float64")
+
+    def _check_calibrated(self, name: str, method: Method) -> None:
+        if not self._inside_block(name):
+            self.refusals.append(
+                f"{name} is outside the blocks, where method {method.name} sees no inputs; use a data-free method there"
+            )
+        if self.inputs is not None and self.inputs != method.inputs:
+            complaint = (
+                f"method {method.name} sees inputs {method.inputs}, another method {self.inputs}; calibrated methods "
+                "of one recipe must agree"
+            )
+            if complaint not in self.refusals:
+                self.refusals.append(complaint)
+        self.inputs = method.inputs
 
     def _check_scheme(self, scheme: Scheme, method: Method) -> None:
         for what, bits in (("activations", scheme.activation_bits), ("KV cache", scheme.kv_bits)):
@@ -312,12 +289,17 @@ def kept_dtype(info: TensorInfo, setting: str) -> torch.dtype:
     return torch.float16 if setting == "float16" else torch.bfloat16
 
 
-def expected_outlier_share(policy: NoOutliers | NSigma) -> float:
-    """Share of weights that a policy is expected to keep apart: twice a Gaussian's tail, at most the cap.
+def expected_outlier_share(policy: NoOutliers | NSigma | Obs) -> float:
+    """Share of weights that a policy is expected to keep apart.
 
-    Twice, because the tails of trained weights are heavier: EasyQuant reports 0.3-0.8 % at 3 sigma, a
-    Gaussian has 0.27 %.
+    Of `nsigma` twice a Gaussian's tail, at most the cap: the tails of trained weights are heavier; EasyQuant
+    reports 0.3-0.8 % at 3 sigma, a Gaussian has 0.27 %. Of `obs` its own share; a threshold keeps what SpQR
+    reports, 0.2-0.5 %.
     """
     if isinstance(policy, NoOutliers):
         return 0.0
+    if isinstance(policy, Obs):
+        if policy.share is not None:
+            return policy.share
+        return DEFAULT_SHARE if policy.threshold is None and policy.loss is None else 0.003
     return min(policy.max_share, 2 * math.erfc(policy.n / math.sqrt(2)))

@@ -21,12 +21,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from bitwright.calibration.tokens import Calibration
 from bitwright.errors import RecipeError
-from bitwright.numeric.outliers import NoOutliers, OutlierPolicy
+from bitwright.numeric.outliers import NoOutliers, NSigma
 from bitwright.numeric.settings import Settings
-from bitwright.numeric.spec import WeightSpec
+from bitwright.numeric.spec import Bilevel, WeightSpec
 from bitwright.ranges import RangeSettings
+from bitwright.rounding.gptq import Gptq
 from bitwright.rounding.nearest import Nearest
+from bitwright.rounding.sensitivity import Obs
 
 _SCHEME = re.compile(r"w(\d+)a(\d+)(?:kv(\d+))?(?:g(\d+))?(?:-(sym|asym))?")
 
@@ -74,6 +77,34 @@ class Scheme(Settings):
         return f"w{self.weight_bits}a{self.activation_bits}{kv}{group}{kind}"
 
 
+RoundingSettings = Annotated[Nearest | Gptq, Field(discriminator="name")]
+OutlierPolicy = Annotated[NoOutliers | NSigma | Obs, Field(discriminator="name")]
+
+
+class Inputs(Settings):
+    """What a calibrated method knows of the inputs of the linears it rounds.
+
+    - `stream`: `quantized` inputs are what the blocks before, already rounded, give; `float` ones are those of
+      the model as it was.
+    - `sequential`: the linears of a block are rounded in order of execution, each seeing what rounding those
+      before it has done; else all of them see the block as it was.
+    - `weighting`: `gradient` weighs each token by what the model's loss cares about the linear's output there
+      (see `calibration.gradients`), `uniform` counts tokens alike, as GPTQ and SpQR do.
+    """
+
+    stream: Literal["quantized", "float"] = "quantized"
+    sequential: bool = True
+    weighting: Literal["uniform", "gradient"] = "uniform"
+
+    @model_validator(mode="after")
+    def _float_inputs_do_not_change(self) -> Inputs:
+        if self.stream == "float" and self.sequential:
+            raise ValueError(
+                "float inputs do not depend on what was rounded before; stream='float' needs sequential=false"
+            )
+        return self
+
+
 class Method(Settings):
     """A choice at each step: range, rounding, outliers; and the grid it prefers."""
 
@@ -81,10 +112,28 @@ class Method(Settings):
     summary: str = ""
     paper: str = ""
     range: RangeSettings
-    rounding: Nearest = Nearest()
+    rounding: RoundingSettings = Nearest()
     outliers: OutlierPolicy = NoOutliers()
     symmetric: bool = False
     zero: Literal["int", "float"] = "int"
+    bilevel: Bilevel | None = None
+    group_size: int | None = Field(default=None, ge=1)
+    """Of groups, where the scheme names none; schemes without g otherwise mean one group per channel."""
+    inputs: Inputs = Inputs()
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method needs to see the inputs of the linears."""
+        return isinstance(self.rounding, Gptq)
+
+    @model_validator(mode="after")
+    def _steps_fit_together(self) -> Method:
+        if isinstance(self.outliers, Obs) and not self.calibrated:
+            raise ValueError("outliers 'obs' are chosen by the Hessian; they need rounding 'gptq'")
+        updated = isinstance(self.rounding, Gptq) and self.rounding.groups == "updated"
+        if updated and self.bilevel is not None and self.bilevel.axis == "column":
+            raise ValueError("rounding.groups='updated' fits group by group; bilevel.axis='column' needs whole rows")
+        return self
 
 
 def method_names() -> list[str]:
@@ -147,6 +196,10 @@ class Recipe(Settings):
     scheme: SchemeField = None
     rules: tuple[Rule, ...] = ()
     seed: int = Field(default=0, ge=0)
+    calibration: Calibration = Calibration()
+    bits_per_weight: float | None = Field(default=None, gt=2, le=16)
+    """What the quantized weights may take together, outliers and scales included: as many outliers are kept,
+    by a policy `obs`, as that leaves room for."""
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     kept_dtype: Literal["auto", "source", "float16", "bfloat16"] = "auto"
     """Type of kept tensors. `auto`: 16-bit tensors as they are; of a float32 source, matrices become float16
@@ -169,12 +222,16 @@ class Recipe(Settings):
 def weight_spec(method: Method, scheme: Scheme, scale_dtype: Literal["float16", "bfloat16", "float32"]) -> WeightSpec:
     """How the codes look when `method` works in `scheme`; symmetry from the scheme, else the method."""
     symmetric = method.symmetric if scheme.symmetric is None else scheme.symmetric
+    bilevel = method.bilevel
+    if symmetric and bilevel is not None:
+        bilevel = bilevel.model_copy(update={"zero_bits": None})  # there are no zeros to store
     return WeightSpec(
         bits=scheme.weight_bits,
-        group_size=scheme.group_size,
+        group_size=method.group_size if scheme.group_size is None else scheme.group_size,
         symmetric=symmetric,
         zero="int" if symmetric else method.zero,
         scale_dtype=scale_dtype,
+        bilevel=bilevel,
     )
 
 

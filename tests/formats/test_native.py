@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from bitwright.formats.native import (
 )
 from bitwright.numeric.outliers import Outliers
 from bitwright.numeric.qtensor import QTensor
-from bitwright.numeric.spec import WeightSpec
+from bitwright.numeric.spec import Bilevel, WeightSpec
 
 Make = Callable[..., QTensor]
 SPEC = WeightSpec(bits=3, group_size=16)
@@ -42,17 +43,38 @@ def test_zeros_cost_no_padding_per_row() -> None:
     assert parts(entry)["weight_zero"] == ((4096 * 3 // 32,), torch.int32)
 
 
-def test_wide_matrices_index_with_32_bits(make_qtensor: Make) -> None:
-    for width, dtype in ((65536, torch.uint16), (65537, torch.int32)):
-        q = make_qtensor((1, width), WeightSpec(bits=2))
-        mask = torch.zeros(1, width, dtype=torch.bool)
-        mask[0, -1] = True
-        q = QTensor(q.codes, q.grid, Outliers.gather(mask, torch.ones(1, width)))
-        stored = pack(q)
-        assert stored["outlier_idx"].dtype == dtype
-        restored = unpack("w", stored, TensorEntry.of(q))
+@pytest.mark.parametrize("value_bits", [16, 8])
+def test_bits_per_weight(value_bits: int) -> None:
+    """The arithmetic of docs/formats/native.md, at 4 bits, groups of 16, 16-row superblocks of 3/3 bits, 0.5 %."""
+    level = Bilevel(axis="row", size=16, scale_bits=3, zero_bits=3)
+    spec = WeightSpec(bits=4, group_size=16, zero="float", bilevel=level)
+    weights, count = 4096 * 4096, 4096 * 4096 // 200
+    assert 8 * packed_bytes(TensorEntry(spec, (4096, 4096))) / weights == 4 + 6 / 16 + 64 / 256
+    entry = TensorEntry(spec, (4096, 4096), count, value_bits)
+    share, steps = count / weights, 16 / 4096 if value_bits == 8 else 0
+    expected = 4.625 + share * (value_bits + 9) + 1 / 256 + steps
+    assert 8 * packed_bytes(entry) / weights == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 255), (3, 256), (2, 257), (2, 1000), (1, 70000)])
+@pytest.mark.parametrize("pattern", ["first", "last", "all", "tile"])
+def test_places_of_outliers(make_qtensor: Make, shape: tuple[int, int], pattern: str) -> None:
+    """Empty, full and ragged tiles."""
+    q = make_qtensor(shape, WeightSpec(bits=2))
+    mask = torch.full(shape, pattern == "all")
+    if pattern == "first":
+        mask[0, 0] = True
+    elif pattern == "last":
+        mask[-1, -1] = True
+    elif pattern == "tile":
+        mask[:, :256] = True
+    for value_bits in (16, 8):
+        q = QTensor(q.codes, q.grid, Outliers.gather(mask, torch.randn(shape), value_bits))
+        restored = unpack("w", pack(q), TensorEntry.of(q))
         assert restored.outliers is not None
-        assert restored.outliers.column.tolist() == [width - 1]
+        assert torch.equal(restored.outliers.row_pointer, q.outliers.row_pointer)
+        assert torch.equal(restored.outliers.column, q.outliers.column)
+        assert torch.equal(restored.outliers.residual, q.outliers.residual)
 
 
 def test_no_outliers_store_nothing(make_qtensor: Make) -> None:
@@ -63,14 +85,17 @@ def test_no_outliers_store_nothing(make_qtensor: Make) -> None:
 
 def test_config_round_trip() -> None:
     other = WeightSpec(bits=8, symmetric=True, scale_dtype="bfloat16")
+    level = Bilevel(axis="column", size=8, scale_bits=6, zero_bits=6)
     entries = {
         "a": TensorEntry(SPEC, (8, 32), 3),
         "b": TensorEntry(other, (4, 8)),
         "c": TensorEntry(SPEC, (2, 32)),
+        "d": TensorEntry(WeightSpec(bits=4, group_size=32, zero="float", bilevel=level), (2, 512), 9, 8),
     }
     config = json.loads(json.dumps(quantization_config(entries, {"head": "b"})))
     assert config["version"] == FORMAT_VERSION
-    assert len(config["specs"]) == 2
+    assert len(config["specs"]) == 3
+    assert [spec["levels"] for spec in config["specs"]] == [1, 1, 2]
     assert read_quantization_config(config) == entries
     assert read_tied(config) == {"head": "b"}
     assert "tied" not in quantization_config(entries)
@@ -91,7 +116,27 @@ def test_pack_refuses_what_it_could_not_restore(make_qtensor: Make) -> None:
         pack(QTensor(q.codes, type(q.grid)(q.grid.scale, q.grid.zero + 1, symmetric)))
 
 
-@pytest.mark.parametrize(("shape", "outliers"), [((0, 4), 0), ((4, 1 << 40), 0), ((2, 2), 5), ((2, 2), -1)])
-def test_impossible_entries(shape: tuple[int, int], outliers: int) -> None:
+def test_pack_refuses_levels_that_do_not_decode_to_the_grid(make_qtensor: Make) -> None:
+    level = Bilevel(axis="row", size=2, scale_bits=4)
+    spec = WeightSpec(bits=3, group_size=4, bilevel=level)
+    q = make_qtensor((3, 8), spec)
+    for grid, message in (
+        (replace(q.grid, scale=q.grid.scale * 2), "second level decodes"),
+        (replace(q.grid, levels=None), "levels do not agree"),
+        (replace(q.grid, spec=spec.one_level), "levels do not agree"),
+    ):
+        with pytest.raises(FormatError, match=message):
+            pack(QTensor(q.codes, grid))
+    statistics = q.grid.levels.statistics * (1 + 2.0**-20)
+    grid = type(q.grid).of_levels(replace(q.grid.levels, statistics=statistics), q.grid.zero, spec)
+    with pytest.raises(FormatError, match="superblock statistic is not representable"):
+        pack(QTensor(q.codes, grid))
+
+
+@pytest.mark.parametrize(
+    ("shape", "outliers", "value_bits"),
+    [((0, 4), 0, 16), ((4, 1 << 40), 0, 16), ((2, 2), 5, 16), ((2, 2), -1, 16), ((2, 2), 1, 4), ((2, 2), 0, 8)],
+)
+def test_impossible_entries(shape: tuple[int, int], outliers: int, value_bits: int) -> None:
     with pytest.raises(FormatError):
-        TensorEntry(SPEC, shape, outliers)
+        TensorEntry(SPEC, shape, outliers, value_bits)

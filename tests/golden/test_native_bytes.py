@@ -1,4 +1,4 @@
-"""Golden bytes of the native format: what version 1 wrote once, it writes and reads for ever.
+"""Golden bytes of the native format: what version 2 wrote once, it writes and reads for ever.
 
 `native.json` holds, per case, the spec and the hex dump of every tensor. The samples come from integer
 formulas, not from a random generator, so they can be rebuilt anywhere. A test that fails here means that the
@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from bitwright.formats.native import TensorEntry, pack, quantization_config, unpack
+from bitwright.numeric.bilevel import SecondLevel, code_offset
 from bitwright.numeric.grid import Grid, stored_zero
 from bitwright.numeric.outliers import Outliers
 from bitwright.numeric.qtensor import QTensor
@@ -23,17 +25,31 @@ from bitwright.numeric.spec import WeightSpec
 GOLDEN = Path(__file__).with_name("native.json")
 ROWS, COLUMNS, GROUP = 3, 13, 5
 
+
+def level(axis: str, scale_bits: int, zero_bits: int | None = None) -> dict[str, Any]:
+    return {"axis": axis, "size": 2, "scale_bits": scale_bits, "zero_bits": zero_bits}
+
+
 CASES: dict[str, dict[str, Any]] = {
     **{f"int{bits}": {"bits": bits, "group_size": GROUP} for bits in range(2, 9)},
     **{f"float{bits}": {"bits": bits, "group_size": GROUP, "zero": "float"} for bits in (2, 3, 8)},
     **{f"symmetric{bits}": {"bits": bits, "symmetric": True} for bits in (3, 4, 8)},
     "bfloat16": {"bits": 4, "group_size": GROUP, "zero": "float", "scale_dtype": "bfloat16"},
     "float32": {"bits": 4, "group_size": GROUP, "zero": "float", "scale_dtype": "float32"},
+    "row": {"bits": 4, "group_size": GROUP, "zero": "float", "bilevel": level("row", 3, 3)},
+    "row int": {"bits": 3, "group_size": GROUP, "bilevel": level("row", 5)},
+    "row symmetric": {"bits": 3, "group_size": GROUP, "symmetric": True, "bilevel": level("row", 4)},
+    "column": {"bits": 4, "group_size": GROUP, "zero": "float", "bilevel": level("column", 6, 4)},
+    "column float": {"bits": 4, "group_size": GROUP, "zero": "float", "bilevel": level("column", 2)},
+    "column symmetric": {"bits": 6, "group_size": GROUP, "symmetric": True, "bilevel": level("column", 8)},
 }
+# Cases whose outliers have 8 bits.
+SMALL_VALUES = ("int3", "row", "column")
 
 
-def sample(spec: WeightSpec) -> QTensor:
+def sample(name: str) -> QTensor:
     """Codes, scales, zeros and four outliers by formula; row 1 has no outlier."""
+    spec = WeightSpec.model_validate(CASES[name])
     index = torch.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS)
     codes = ((index * 89 + 41) % (spec.max_code + 1)).to(torch.uint8)
     group = torch.arange(ROWS * spec.groups(COLUMNS)).reshape(ROWS, -1)
@@ -41,20 +57,34 @@ def sample(spec: WeightSpec) -> QTensor:
     zero = stored_zero((group * 5 % (spec.max_code + 1)) + 0.25 * (group % 3), spec)
     mask = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
     mask[0, [2, 12]] = mask[2, [0, 7]] = True
-    return QTensor(codes, Grid(scale, zero, spec), Outliers.gather(mask, 1.5 - index * 0.125))
+    grid = Grid(scale, zero, spec) if spec.bilevel is None else two_level_grid(group, zero, spec)
+    return QTensor(codes, grid, Outliers.gather(mask, 1.5 - index * 0.125, 8 if name in SMALL_VALUES else 16))
 
 
-def hexdump(spec: WeightSpec) -> dict[str, str]:
-    return {name: t.contiguous().view(torch.uint8).numpy().tobytes().hex() for name, t in pack(sample(spec)).items()}
+def two_level_grid(group: Tensor, zero: Tensor, spec: WeightSpec) -> Grid:
+    """Second-level codes and statistics by formula; `group` [out, groups] counts from 0."""
+    bilevel = spec.bilevel
+    assert bilevel is not None
+    shape = (*bilevel.superblocks(*group.shape), bilevel.statistics)
+    statistics = (torch.arange(shape[0] * shape[1] * shape[2]).reshape(shape) + 1) * 2.0**-7
+    scale_codes = group * 7 % ((1 << bilevel.scale_bits) - 1) + 1
+    if bilevel.axis == "column":
+        scale_codes = torch.where(scale_codes == code_offset(spec), scale_codes - 1, scale_codes)
+    zero_codes = None if bilevel.zero_bits is None else (group * 5 % (1 << bilevel.zero_bits)).to(torch.uint8)
+    levels = SecondLevel(scale_codes.to(torch.uint8), zero_codes, statistics)
+    return Grid.of_levels(levels, zero if zero_codes is None else None, spec)
+
+
+def hexdump(name: str) -> dict[str, str]:
+    return {part: t.contiguous().view(torch.uint8).numpy().tobytes().hex() for part, t in pack(sample(name)).items()}
 
 
 def build() -> dict[str, Any]:
     """The whole golden file."""
     golden = {}
-    for name, case in CASES.items():
-        spec = WeightSpec(**case)
-        config = quantization_config({"weight": TensorEntry.of(sample(spec))})
-        golden[name] = {"config": config, "tensors": hexdump(spec)}
+    for name in CASES:
+        config = quantization_config({"weight": TensorEntry.of(sample(name))})
+        golden[name] = {"config": config, "tensors": hexdump(name)}
     return golden
 
 
@@ -65,11 +95,10 @@ def test_every_case_is_recorded() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_golden_bytes(name: str) -> None:
     golden = json.loads(GOLDEN.read_text())[name]
-    spec = WeightSpec(**CASES[name])
-    q = sample(spec)
+    q = sample(name)
     entry = TensorEntry.of(q)
     assert quantization_config({"weight": entry}) == golden["config"]
-    assert hexdump(spec) == golden["tensors"]
+    assert hexdump(name) == golden["tensors"]
 
     like = pack(q)
     stored = {
@@ -87,6 +116,28 @@ def test_worked_example_of_the_specification() -> None:
     grid = Grid(torch.ones(1, 1), torch.full((1, 1), 4.0), WeightSpec(bits=3, symmetric=True))
     packed = pack(QTensor(codes, grid))["weight_packed"]
     assert packed.view(torch.uint8).numpy().tobytes().hex(" ") == "d1 58 1f d1 01 00 00 00"
+
+
+def test_worked_example_of_outliers() -> None:
+    """The example of docs/formats/native.md: one row of 600 columns, outliers in columns 3, 250 and 513."""
+    mask = torch.zeros(1, 600, dtype=torch.bool)
+    mask[0, [3, 250, 513]] = True
+    grid = Grid(torch.ones(1, 1), torch.full((1, 1), 4.0), WeightSpec(bits=3, symmetric=True))
+    q = QTensor(torch.zeros(1, 600, dtype=torch.uint8), grid, Outliers.gather(mask, torch.ones(1, 600)))
+    packed = pack(q)
+    assert packed["outlier_counts"].view(torch.uint8).numpy().tobytes().hex(" ") == "13 00 00 00"
+    assert packed["outlier_idx"].tolist() == [3, 250, 1]
+
+
+def test_worked_examples_of_second_levels() -> None:
+    """The examples of docs/formats/native.md."""
+    row = WeightSpec.model_validate(CASES["row"] | {"bilevel": level("row", 3, 3)})
+    codes = torch.tensor([[5]], dtype=torch.uint8)
+    levels = SecondLevel(codes, torch.tensor([[2]], dtype=torch.uint8), torch.tensor([[[0.25, 0.125, 6.0, 0.5]]]))
+    assert [t.item() for t in levels.decode(row) if t is not None] == [0.875, 7.0]
+    column = WeightSpec.model_validate(CASES["column"] | {"bilevel": level("column", 6, 6)})
+    levels = SecondLevel(codes, torch.tensor([[20]], dtype=torch.uint8), torch.tensor([[[0.25, 0.5]]]))
+    assert [t.item() for t in levels.decode(column) if t is not None] == [1.25, 8.0]
 
 
 if __name__ == "__main__":

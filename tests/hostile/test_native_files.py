@@ -21,9 +21,10 @@ from bitwright.formats.native import (
 )
 from bitwright.numeric.outliers import Outliers
 from bitwright.numeric.qtensor import QTensor
-from bitwright.numeric.spec import WeightSpec
+from bitwright.numeric.spec import Bilevel, WeightSpec
 
 SPEC = WeightSpec(bits=3, group_size=16)
+LEVEL = {"axis": "row", "size": 16, "scale_bits": 3, "zero_bits": None}
 Stored = dict[str, Tensor]
 
 
@@ -34,6 +35,17 @@ def sample(make_qtensor: Callable[..., QTensor]) -> tuple[Stored, TensorEntry]:
     mask = torch.zeros(3, 20, dtype=torch.bool)
     mask[0, [2, 5, 9]] = mask[2, [2, 5, 9]] = True
     q = QTensor(q.codes, q.grid, Outliers.gather(mask, torch.ones(3, 20)))
+    return pack(q), TensorEntry.of(q)
+
+
+@pytest.fixture
+def two_level(make_qtensor: Callable[..., QTensor]) -> tuple[Stored, TensorEntry]:
+    """A 7x300 matrix: 4 bits, two superblocks of 4 rows and 19 ragged groups, 8-bit outliers in rows 0 and 6."""
+    level = Bilevel(axis="row", size=4, scale_bits=3, zero_bits=3)
+    q = make_qtensor((7, 300), WeightSpec(bits=4, group_size=16, zero="float", bilevel=level))
+    mask = torch.zeros(7, 300, dtype=torch.bool)
+    mask[0, [2, 255, 256]] = mask[6, [5, 299]] = True
+    q = QTensor(q.codes, q.grid, Outliers.gather(mask, torch.ones(7, 300), 8))
     return pack(q), TensorEntry.of(q)
 
 
@@ -56,7 +68,8 @@ DAMAGE = {
     "missing part": (lambda s: {k: v for k, v in s.items() if k != "weight_scale"}, "weight_scale: missing"),
     "missing zero": (lambda s: {k: v for k, v in s.items() if k != "weight_zero"}, "weight_zero: missing"),
     "unknown part": (lambda s: {**s, "weight": s["weight_scale"]}, "weight: unknown"),
-    "part of a newer version": (lambda s: {**s, "scale_codes": s["weight_packed"]}, "newer bitwright"),
+    "part of two levels": (lambda s: {**s, "scale_codes": s["weight_packed"]}, "scale_codes: unknown"),
+    "steps of 16-bit values": (lambda s: {**s, "outlier_step": torch.ones(3).half()}, "outlier_step: unknown"),
     "truncated codes": (changed("weight_packed", lambda t: t[:, :-1].contiguous()), "weight_packed: found"),
     "truncated rows": (changed("weight_packed", lambda t: t[:-1]), "weight_packed: found"),
     "truncated zeros": (changed("weight_zero", lambda t: t[:0]), "weight_zero: found"),
@@ -71,15 +84,47 @@ DAMAGE = {
     "infinite scale": (changed("weight_scale", put((2, 1), float("-inf"))), "weight_scale: holds NaN"),
     "NaN outlier": (changed("outlier_val", put(3, float("nan"))), "outlier_val: holds NaN"),
     "column out of range": (changed("outlier_idx", put(2, 20)), "outlier_idx: columns"),
-    "huge column": (changed("outlier_idx", put(2, 65535)), "outlier_idx: columns"),
     "unsorted columns": (changed("outlier_idx", put(0, 7)), "ascending"),
     "repeated column": (changed("outlier_idx", put(1, 2)), "ascending"),
-    "pointer starts late": (changed("outlier_ptr", put(0, 1)), "outlier_ptr"),
-    "pointer ends early": (changed("outlier_ptr", put(-1, 5)), "outlier_ptr"),
-    "pointer ends late": (changed("outlier_ptr", put(-1, 2**31 - 1)), "outlier_ptr"),
-    "falling pointers": (changed("outlier_ptr", put(1, 6)), None),
-    "negative pointer": (changed("outlier_ptr", put(1, -4)), "outlier_ptr"),
-    "pointer beyond the end": (changed("outlier_ptr", put(1, 1000)), "outlier_ptr"),
+    # Tiles of 3, 0 and 3 outliers are the bits 111 0 0 111 0, lowest first.
+    "one outlier less": (changed("outlier_counts", put(0, 0b011000111)), "add up to 5 in 3 tiles, needed 6"),
+    "one outlier more": (changed("outlier_counts", put(0, 0b011101111)), "add up to 7"),
+    "no tile behind the last outlier": (changed("outlier_counts", put(0, 0b111000111)), "a 0 at the end"),
+    "outliers in the padding": (changed("outlier_counts", put(0, -1)), "outlier_counts: padding"),
+    "more outliers in a row": (changed("outlier_counts", put(0, 0b000111111)), "ascending"),
+}
+
+TWO_LEVEL_DAMAGE = {
+    "missing statistics": (
+        lambda s: {k: v for k, v in s.items() if k != "superblock_statistics"},
+        "superblock_statistics: missing",
+    ),
+    "one-level scales": (lambda s: {**s, "weight_scale": torch.ones(7, 19).half()}, "weight_scale: unknown"),
+    "other superblocks": (changed("superblock_statistics", lambda t: t[:1]), "superblock_statistics: found"),
+    "other axis": (changed("superblock_statistics", lambda t: t.transpose(0, 1).contiguous()), r"found .*\[19, 2, 4\]"),
+    "float scale codes": (changed("scale_codes", lambda t: t.float()), "scale_codes: found torch.float32"),
+    "truncated scale codes": (changed("scale_codes", lambda t: t[:-1]), "scale_codes: found"),
+    "missing zero codes": (lambda s: {k: v for k, v in s.items() if k != "zero_codes"}, "zero_codes: missing"),
+    "padding of scale codes": (changed("scale_codes", put(-1, -1)), "scale_codes: padding"),
+    "padding of zero codes": (changed("zero_codes", put(-1, -1)), "zero_codes: padding"),
+    "NaN statistic": (
+        changed("superblock_statistics", put((1, 3, 0), float("nan"))),
+        "superblock_statistics: holds NaN",
+    ),
+    "infinite zero statistic": (
+        changed("superblock_statistics", put((0, 0, 3), float("inf"))),
+        "superblock_statistics: holds NaN",
+    ),
+    "scale of zero": (
+        changed("superblock_statistics", put((1, 2, slice(0, 2)), 0.0)),
+        "scale_codes: decode to a scale",
+    ),
+    "NaN step": (changed("outlier_step", put(6, float("nan"))), "outlier_step: holds NaN"),
+    "negative step": (changed("outlier_step", put(0, -0.5)), "outlier_step: holds NaN, Inf or negative"),
+    "value beyond the largest": (changed("outlier_val", put(1, -128)), "outlier_val: holds -128"),
+    "half values": (changed("outlier_val", lambda t: t.half()), "outlier_val: found torch.float16"),
+    "missing steps": (lambda s: {k: v for k, v in s.items() if k != "outlier_step"}, "outlier_step: missing"),
+    "column beyond the ragged tile": (changed("outlier_idx", put(4, 44)), "outlier_idx: columns 2..300"),
 }
 
 
@@ -94,12 +139,52 @@ def test_damaged_tensors(sample: tuple[Stored, TensorEntry], case: str) -> None:
         assert str(error.value).startswith("model.proj")
 
 
+@pytest.mark.parametrize("case", TWO_LEVEL_DAMAGE)
+def test_damaged_second_levels(two_level: tuple[Stored, TensorEntry], case: str) -> None:
+    stored, entry = two_level
+    damage, message = TWO_LEVEL_DAMAGE[case]
+    check_parts("model.proj", stored, entry)
+    for reader in (unpack, check_parts):
+        with pytest.raises(FormatError, match=message) as error:
+            reader("model.proj", damage(stored), entry)
+        assert str(error.value).startswith("model.proj")
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_column_codes_of_a_scale_of_zero(make_qtensor: Callable[..., QTensor], symmetric: bool) -> None:
+    level = Bilevel(axis="column", size=2, scale_bits=4)
+    spec = WeightSpec(bits=4, group_size=4, symmetric=symmetric, bilevel=level)
+    q = make_qtensor((2, 16), spec)
+    stored = pack(q)
+    # The first code, in the lowest four bits: 0, and -0 of the signed codes.
+    nothing = 8 if symmetric else 0
+    stored["scale_codes"][0] = (stored["scale_codes"][0] & ~15) | nothing
+    with pytest.raises(FormatError, match="scale_codes: decode to a scale of 0"):
+        check_parts("w", stored, TensorEntry.of(q))
+
+
+def test_a_second_level_beyond_float32(make_qtensor: Callable[..., QTensor]) -> None:
+    level = Bilevel(axis="row", size=2, scale_bits=8)
+    spec = WeightSpec(bits=4, group_size=4, scale_dtype="bfloat16", bilevel=level)
+    q = make_qtensor((2, 16), spec)
+    stored = pack(q)
+    stored["superblock_statistics"].fill_(3e38)
+    with pytest.raises(FormatError, match="beyond float32"):
+        check_parts("w", stored, TensorEntry.of(q))
+
+
 def config() -> dict[str, Any]:
     return quantization_config({"proj": TensorEntry(SPEC, (3, 20), 6)})
 
 
 def with_spec(**changes: Any) -> dict[str, Any]:
     return {**config(), "specs": [{**config()["specs"][0], **changes}]}
+
+
+def with_level(**changes: Any) -> dict[str, Any]:
+    """Two levels; `...` leaves a key out."""
+    table = {key: value for key, value in {**LEVEL, **changes}.items() if value is not ...}
+    return with_spec(levels=2, bilevel=table)
 
 
 def with_tensor(**changes: Any) -> dict[str, Any]:
@@ -113,13 +198,24 @@ def without(config: dict[str, Any], key: str) -> dict[str, Any]:
 CONFIGS = {
     "other method": ({**config(), "quant_method": "gptq"}, "quant_method: found 'gptq', needed 'bitwright'"),
     "other format": ({**config(), "format": "gguf"}, "format: found 'gguf'"),
-    "newer version": ({**config(), "version": 2}, "found 2, needed 1; it was written by a newer bitwright"),
-    "older version": ({**config(), "version": 0}, "found 0, needed 1"),
+    "newer version": ({**config(), "version": 3}, "found 3, needed 2; it was written by a newer bitwright"),
+    "first version": ({**config(), "version": 1}, "found 1, needed 2; .* quantize the model again"),
+    "version zero": ({**config(), "version": 0}, "found 0, needed 2"),
     "boolean version": ({**config(), "version": True}, "version"),
     "no version": (without(config(), "version"), "version: found None"),
     "unknown key": ({**config(), "act_order": True}, "act_order"),
     "no specs": (without(config(), "specs"), "specs"),
-    "two levels": (with_spec(levels=2), "levels: found 2, needed 1; it was written by a newer bitwright"),
+    "three levels": (with_spec(levels=3), "levels: found 3, needed 1 or 2; it was written by a newer bitwright"),
+    "two levels without a table": (with_spec(levels=2), "2 levels with bilevel None"),
+    "one level with a table": (with_spec(bilevel=LEVEL), "1 levels with bilevel"),
+    "no bilevel": ({**config(), "specs": [without(config()["specs"][0], "bilevel")]}, "bilevel"),
+    "default left out of the table": (with_level(zero_bits=...), "zero_bits"),
+    "unknown key of the table": (with_level(offset=1), "offset"),
+    "diagonal axis": (with_level(axis="diagonal"), "axis"),
+    "empty superblocks": (with_level(size=0), "size"),
+    "nine scale bits": (with_level(scale_bits=9), "scale_bits"),
+    "text for scale bits": (with_level(scale_bits="3"), "scale_bits"),
+    "two-level integer zeros": (with_level(zero_bits=3), "zero='float'"),
     "boolean level": (with_spec(levels=True), "levels"),
     "no level": ({**config(), "specs": [without(config()["specs"][0], "levels")]}, "levels"),
     "default left out": ({**config(), "specs": [without(config()["specs"][0], "symmetric")]}, "symmetric"),
@@ -135,6 +231,8 @@ CONFIGS = {
     "fractional size": (with_tensor(shape=[3, 20.5]), "shape"),
     "too many outliers": (with_tensor(outliers=61), "61 outliers"),
     "negative outliers": (with_tensor(outliers=-1), "outliers"),
+    "seven bits per value": (with_tensor(value_bits=7), "value_bits 7"),
+    "eight bits of nothing": (with_tensor(outliers=0, value_bits=8), "value_bits 8 for 0 outliers"),
     "not JSON": ({**config(), "tensors": {"proj": object()}}, "not JSON"),
 }
 

@@ -9,6 +9,7 @@ from bitwright.numeric.grid import (
     encode,
     expand_groups,
     group_rows,
+    rounded_up,
     stored_scale,
     stored_zero,
     ungroup_rows,
@@ -73,3 +74,15 @@ def test_integer_zeros_stay_inside_the_code_range() -> None:
     assert stored_zero(torch.tensor([-4.0, 2.6, 99.0]), spec).tolist() == [0.0, 3.0, 7.0]
     codes = encode(torch.tensor([-1e9, 1e9]), torch.tensor(1.0), torch.tensor(3.0), spec)
     assert codes.tolist() == [0.0, 7.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rounding_up(dtype: torch.dtype) -> None:
+    values = torch.cat([torch.zeros(1), torch.logspace(-9, 4, 4001), torch.tensor([1.0, 2.0**-24, 65504.0])])
+    result = rounded_up(values, dtype)
+    assert bool((result >= values).all())
+    assert torch.equal(result, result.to(dtype).float())
+    exact = values.to(dtype).float() == values
+    assert torch.equal(result[exact], values[exact])
+    below = torch.where(result > 0, (result.to(dtype).view(torch.int16 if dtype.itemsize == 2 else torch.int32)), 1) - 1
+    assert bool((below.to(torch.int16 if dtype.itemsize == 2 else torch.int32).view(dtype).float() <= values).all())

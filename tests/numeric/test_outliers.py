@@ -39,6 +39,47 @@ def test_row_slices_concatenate_to_the_whole() -> None:
     assert torch.equal(joined.residual, whole.residual)
 
 
+def test_small_residuals_are_multiples_of_their_rows_step() -> None:
+    target = heavy(40, 90) * torch.logspace(-9, 3, 40).unsqueeze(1)
+    mask = target.abs() > target.abs().median(dim=1, keepdim=True).values
+    mask[3] = False
+    outliers = Outliers.gather(mask, target, value_bits=8)
+    assert outliers.value_bits == 8
+    assert outliers.validate("w", (40, 90)) is outliers
+    assert outliers.step is not None
+    assert torch.equal(outliers.step, outliers.step.half().float())
+    assert outliers.step[3] == 0
+    error = (outliers.add_to(torch.zeros(40, 90)) - target)[mask]
+    row = mask.nonzero()[:, 0]
+    assert bool((error.abs() <= 0.5001 * outliers.step[row]).all())
+    # Rounded up: the step is the smallest of float16 that clips nothing.
+    largest = torch.where(mask, target.abs(), 0.0).amax(dim=1)
+    assert bool((outliers.step * 127 >= largest * (1 - 1e-6)).all())
+    normal = outliers.step > 1e-4
+    assert bool((outliers.step[normal] * 127 <= largest[normal] * 1.001).all())
+    parts = [outliers.row_slice(slice(0, 7)), outliers.row_slice(slice(7, 40))]
+    joined = Outliers.concatenate(parts)
+    assert joined.step is not None
+    assert torch.equal(joined.step, outliers.step)
+    assert torch.equal(joined.residual, outliers.residual)
+
+
+def test_chunks_of_rows_have_the_steps_of_the_whole() -> None:
+    target = heavy(9, 30)
+    mask = target.abs() > 1
+    whole = Outliers.gather(mask, target, 8)
+    parts = Outliers.concatenate([Outliers.gather(mask[rows], target[rows], 8) for rows in (slice(0, 4), slice(4, 9))])
+    assert torch.equal(whole.residual, parts.residual)
+    with pytest.raises(ValueError, match="16 and of 8 bits"):
+        Outliers.concatenate([whole, Outliers.gather(mask, target)])
+
+
+def test_residuals_that_are_all_zero_have_no_step() -> None:
+    outliers = Outliers.gather(torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3), 8)
+    assert not outliers.residual.any()
+    assert outliers.validate("w", (2, 3)) is outliers
+
+
 @pytest.mark.parametrize("scope", ["tensor", "channel"])
 def test_nsigma_selects_what_the_definition_says(scope: str) -> None:
     weight = heavy(40, 30).to(torch.bfloat16)
@@ -80,3 +121,6 @@ def test_no_outliers_policy_and_constant_weights_select_nothing() -> None:
 def test_residuals_beyond_float16_are_refused() -> None:
     with pytest.raises(WeightError, match="float16"):
         Outliers.gather(torch.tensor([[True]]), torch.tensor([[1e6]]))
+    assert Outliers.gather(torch.tensor([[True]]), torch.tensor([[1e6]]), 8).residual.item() == pytest.approx(1e6, 1e-3)
+    with pytest.raises(WeightError, match="a step of outlier residuals"):
+        Outliers.gather(torch.tensor([[True]]), torch.tensor([[1e8]]), 8)

@@ -24,7 +24,7 @@ from transformers import (
 from bitwright.errors import FormatError
 from bitwright.formats.native import TensorEntry, pack, parts, quantization_config
 from bitwright.numeric.qtensor import QTensor
-from bitwright.numeric.spec import WeightSpec
+from bitwright.numeric.spec import Bilevel, WeightSpec
 from bitwright.runtime.huggingface import register
 from bitwright.runtime.linear import PackedModule, QuantizedEmbedding, QuantizedLinear, TiedLinear
 
@@ -33,7 +33,10 @@ register()
 Quantize = Callable[..., QTensor]
 IDS = torch.tensor([[1, 5, 9, 2, 30]])
 LINEAR_SPEC = WeightSpec(bits=3, group_size=16)
+LEVEL = Bilevel(axis="row", size=16, scale_bits=3, zero_bits=3)
+TWO_LEVEL_SPEC = WeightSpec(bits=4, group_size=16, zero="float", bilevel=LEVEL)
 OTHER_SPEC = WeightSpec(bits=4, symmetric=True, scale_dtype="float32")
+SPECS = {"down_proj": OTHER_SPEC, "up_proj": TWO_LEVEL_SPEC, "fc2": TWO_LEVEL_SPEC}
 EMBEDDING_SPEC = WeightSpec(bits=8, group_size=16, zero="float", scale_dtype="bfloat16")
 
 
@@ -87,10 +90,11 @@ def write_folder(model: PreTrainedModel, folder: Path, quantize: Quantize, dtype
         if type(module) is nn.Embedding and tied:
             spec = EMBEDDING_SPEC
         elif type(module) is nn.Linear and not (tied and name == "lm_head"):
-            spec = OTHER_SPEC if name.endswith("down_proj") else LINEAR_SPEC
+            spec = SPECS.get(name.rpartition(".")[2], LINEAR_SPEC)
         else:
             continue
-        q = quantize(module.weight, spec, 0.0 if spec is OTHER_SPEC else 0.02)
+        share, value_bits = 0.0 if spec is OTHER_SPEC else 0.02, 8 if spec is TWO_LEVEL_SPEC else 16
+        q = quantize(module.weight, spec, share, value_bits)
         entries[name] = TensorEntry.of(q)
         tensors |= {f"{name}.{part}": tensor for part, tensor in pack(q).items()}
         module.weight.data = q.dequantize()
@@ -204,7 +208,7 @@ def test_compiled_model(tmp_path: Path, quantize_minmax: Quantize) -> None:
     torch.testing.assert_close(result, logits(model))
 
 
-QKV = "model.layers.1.self_attn.q_proj"
+QKV, UP = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 
 
 def drop(tensors: dict[str, Tensor], name: str) -> None:
@@ -234,10 +238,22 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         rf"{QKV}\.scale_codes: unknown",
     ),
     "column out of range": (
-        lambda t: scaled(t, f"{QKV}.outlier_idx", 60000),
+        lambda t: scaled(t, f"{QKV}.outlier_idx", 250),
         rf"{QKV}\.outlier_idx: columns",
     ),
-    "bad pointer": (lambda t: scaled(t, f"{QKV}.outlier_ptr", -7), rf"{QKV}\.outlier_ptr"),
+    "bad counts": (lambda t: scaled(t, f"{QKV}.outlier_counts", -7), rf"{QKV}\.outlier_counts"),
+    "wrong type of values": (
+        lambda t: t.update({f"{UP}.outlier_val": t[f"{UP}.outlier_val"].view(torch.uint8)}),
+        rf"{UP}\.outlier_val: found torch.uint8",
+    ),
+    "scale of zero": (
+        lambda t: t[f"{UP}.superblock_statistics"].zero_(),
+        rf"{UP}\.scale_codes: decode to a scale of 0",
+    ),
+    "missing statistics": (
+        lambda t: drop(t, f"{UP}.superblock_statistics"),
+        rf"{UP}\.superblock_statistics: missing",
+    ),
     "NaN scale": (
         lambda t: scaled(t, f"{QKV}.weight_scale", float("nan")),
         rf"{QKV}\.weight_scale: holds NaN",
@@ -268,7 +284,8 @@ def test_a_missing_bias_is_not_invented(tmp_path: Path, quantize_minmax: Quantiz
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["quantization_config"].update(version=2), "newer bitwright"),
+        (lambda c: c["quantization_config"].update(version=3), "newer bitwright"),
+        (lambda c: c["quantization_config"].update(version=1), "quantize the model again"),
         (lambda c: c["quantization_config"]["tensors"]["lm_head"].update(shape=[41, 24]), "the model needs"),
         (
             lambda c: c["quantization_config"]["tensors"].update({"model.norm": {"spec": 0, "shape": [1, 24]}}),

@@ -13,15 +13,18 @@ from torch.nn import functional
 from bitwright.errors import FormatError
 from bitwright.formats.native import TensorEntry, pack
 from bitwright.numeric.qtensor import QTensor
-from bitwright.numeric.spec import WeightSpec
+from bitwright.numeric.spec import Bilevel, WeightSpec
 from bitwright.runtime.linear import QuantizedEmbedding, QuantizedLinear, TiedLinear
 
 SPEC = WeightSpec(bits=3, group_size=8, zero="float", scale_dtype="bfloat16")
+TWO_LEVEL = SPEC.model_copy(update={"bilevel": Bilevel(axis="row", size=4, scale_bits=3, zero_bits=3)})
 
 
-@pytest.fixture(scope="module")
-def q(make_qtensor: Callable[..., QTensor]) -> QTensor:
-    return make_qtensor((10, 20), SPEC, 0.1)
+@pytest.fixture(scope="module", params=["one level", "two levels"])
+def q(make_qtensor: Callable[..., QTensor], request: pytest.FixtureRequest) -> QTensor:
+    if request.param == "one level":
+        return make_qtensor((10, 20), SPEC, 0.1)
+    return make_qtensor((10, 20), TWO_LEVEL, 0.1, value_bits=8)
 
 
 class TiedModel(nn.Module):
@@ -40,7 +43,7 @@ def test_linear(q: QTensor) -> None:
     torch.testing.assert_close(module(x), functional.linear(x, q.dequantize(), bias))
     assert torch.equal(module.dequantize(), q.dequantize())
     assert torch.equal(module.qtensor("proj").codes, q.codes)
-    assert "w3g8-asym-fzero, outliers=" in repr(module)
+    assert f"{q.spec.label()}, outliers=" in repr(module)
 
 
 def test_state_dict_is_the_format(q: QTensor) -> None:
@@ -58,7 +61,7 @@ def test_meta_allocates_and_loads(q: QTensor) -> None:
     assert module.bias.dtype == torch.bfloat16
     module.load_parts("proj", pack(q))
     assert torch.equal(module.dequantize(), q.dequantize())
-    with pytest.raises(FormatError, match=r"proj\.weight_scale: missing"):
+    with pytest.raises(FormatError, match=r"proj\.\w+: missing"):
         module.load_parts("proj", {"weight_packed": pack(q)["weight_packed"]})
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from bitwright.errors import FormatError
-from bitwright.formats.native import PART_NAMES, pack
+from bitwright.formats.native import pack
 from bitwright.numeric.qtensor import QTensor
-from bitwright.numeric.spec import WeightSpec
+from bitwright.numeric.spec import Bilevel, WeightSpec
 from bitwright.runtime import ops, reference
 from bitwright.runtime.reference import PackedWeight
 
@@ -19,8 +19,16 @@ from bitwright.runtime.reference import PackedWeight
 @pytest.fixture(scope="module")
 def weight(make_qtensor: Callable[..., QTensor]) -> PackedWeight:
     """A 6x24 matrix, 3 bits in groups of 8, with outliers."""
-    stored = pack(make_qtensor((6, 24), WeightSpec(bits=3, group_size=8), 0.2))
-    return PackedWeight(*(stored[name] for name in PART_NAMES), 3, 8, 24)
+    q = make_qtensor((6, 24), WeightSpec(bits=3, group_size=8), 0.2)
+    return PackedWeight.of(pack(q), q.spec, 24)
+
+
+@pytest.fixture(scope="module")
+def two_level(make_qtensor: Callable[..., QTensor]) -> PackedWeight:
+    """A 6x24 matrix, 3 bits in groups of 8, 2x4 superblock statistics, 8-bit outliers."""
+    level = Bilevel(axis="row", size=3, scale_bits=3, zero_bits=4)
+    q = make_qtensor((6, 24), WeightSpec(bits=3, group_size=8, zero="float", bilevel=level), 0.2, value_bits=8)
+    return PackedWeight.of(pack(q), q.spec, 24)
 
 
 @pytest.fixture
@@ -56,10 +64,15 @@ def test_wrong_inputs(weight: PackedWeight) -> None:
         ({"weight_packed": torch.zeros(6, dtype=torch.int32)}, "1 axes"),
         ({"weight_packed": torch.zeros(6, 3)}, "weight_packed: found torch.float32"),
         ({"weight_packed": torch.zeros(3, 6, dtype=torch.int32).T}, "contiguous"),
-        ({"weight_scale": torch.ones(6, 3, dtype=torch.float64)}, "weight_scale is torch.float64"),
+        ({"weight_scale": torch.ones(6, 3, dtype=torch.float64)}, "scales of torch.float64"),
+        ({"weight_scale": None}, "scales of None"),
         ({"weight_zero": torch.zeros(6, 3)}, "weight_zero: found torch.float32"),
-        ({"outlier_ptr": None}, "outlier_ptr: missing"),
+        ({"outlier_counts": None}, "outlier_counts: missing"),
         ({"outlier_val": None}, "unknown"),
+        ({"outlier_step": torch.ones(6).half()}, "outlier_val: found torch.float16"),
+        ({"scale_codes": torch.zeros(2, dtype=torch.int32)}, "scale_codes: unknown"),
+        ({"bilevel": (0, 3, 3, 0)}, "scales of None"),
+        ({"bilevel": (0, 3)}, r"bilevel \[0, 3\]"),
     ],
 )
 def test_wrong_weights_are_refused_before_any_kernel(weight: PackedWeight, changes: dict, message: str) -> None:
@@ -68,6 +81,26 @@ def test_wrong_weights_are_refused_before_any_kernel(weight: PackedWeight, chang
         ops.linear(torch.randn(2, wrong.in_features), wrong)
     with pytest.raises(FormatError, match=message):
         ops.embedding(torch.tensor([0]), wrong, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bilevel": (0, 2, 3, 4)}, r"superblock_statistics: found torch.float16 \[2, 3, 4\]"),
+        ({"bilevel": (1, 3, 3, 4)}, "superblock_statistics: found"),
+        ({"bilevel": (2, 3, 3, 4)}, "bilevel"),
+        ({"bilevel": (0, 3, 9, 4)}, "scale_bits"),
+        ({"bilevel": (0, 3, 8, 4)}, "scale_codes: found"),
+        ({"bilevel": (0, 3, 3, 0)}, "zero_codes: unknown"),
+        ({"bilevel": ()}, "scales of None"),
+        ({"zero_codes": None}, "symmetric|zero_bits"),
+        ({"outlier_step": None}, "outlier_val: found torch.int8"),
+        ({"superblock_statistics": None}, "scales of None"),
+    ],
+)
+def test_wrong_second_levels_are_refused(two_level: PackedWeight, changes: dict, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        ops.linear(torch.randn(2, 24), replace(two_level, **changes))
 
 
 @pytest.mark.usefixtures("_restore_kernels")
@@ -87,7 +120,10 @@ def test_no_silent_gradient(weight: PackedWeight) -> None:
         ops.linear(x, weight).sum().backward()
 
 
-def test_compiles_as_one_graph(weight: PackedWeight) -> None:
+@pytest.mark.parametrize("name", ["weight", "two_level"])
+def test_compiles_as_one_graph(name: str, request: pytest.FixtureRequest) -> None:
+    weight = request.getfixturevalue(name)
+
     def function(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return ops.linear(torch.relu(x), weight).sum() + ops.embedding(ids, weight, x.dtype)
 

@@ -66,10 +66,18 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     if isinstance(source, HuggingFaceSource):
         folder = source.folder
         return LoadedModel(_from_folder(folder, dtype), _tokenizer(folder), model, folder, quantized=False)
+    return LoadedModel(_from_source(source, dtype), load_tokenizer(source), model, None, quantized=False)
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer of a source.
+
+    Raises:
+        CheckpointError: it has none, or one that transformers cannot read.
+    """
     with tempfile.TemporaryDirectory() as place:
         source.write_side_files(Path(place))
-        tokenizer = _tokenizer(Path(place))
-    return LoadedModel(_from_source(source, dtype), tokenizer, model, None, quantized=False)
+        return _tokenizer(Path(place))
 
 
 def _is_quantized(folder: Path) -> bool:

@@ -139,6 +139,15 @@ def read_tensor(path: Path, name: str, info: TensorInfo) -> Tensor:
     return buffer.view(info.dtype).reshape(info.shape)
 
 
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, in memory of its own.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    return {name: read_tensor(path, name, info) for name, info in read_header(path)[0].items()}
+
+
 def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """Write `tensors` to `path` atomically (temporary sibling, fsync, rename); returns the SHA-256 of the file.
 

@@ -33,6 +33,7 @@ __all__ = [
     "compare",
     "compare_protocols",
     "evaluate_model",
+    "evaluate_windows",
     "paired_interval",
     "perplexity_of",
     "token_windows",
@@ -42,11 +43,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What to measure on: the first `windows` windows (None: all) of `length` tokens, by `protocol`."""
+    """What to measure on: the first `windows` windows (None: all) of `length` tokens, by `protocol`.
+
+    `allow_overlap` measures a quantized model even on text that it was calibrated on, which flatters it.
+    """
 
     windows: int | None = 8
     length: int = 2048
     protocol: Protocol = "gptq"
+    allow_overlap: bool = False
 
 
 _DEFAULTS = EvalOptions()
@@ -106,8 +111,18 @@ def evaluate_model(
     `progress(done, total)` counts windows. Raises EvaluationError where the text is too short, the logits
     are not finite, or the two vocabularies differ.
     """
-    started = time.perf_counter()
     windows = token_windows(tokenizer, text, options.length, options.windows, options.protocol)
+    return evaluate_windows(model, windows, reference=reference, progress=progress)
+
+
+def evaluate_windows(
+    model: Model, windows: Windows, *, reference: Model | None = None, progress: Progress | None = None
+) -> Evaluation:
+    """The same on windows that are there already.
+
+    Raises EvaluationError where the logits are not finite, or the two vocabularies differ.
+    """
+    started = time.perf_counter()
     if reference is None:
         losses = window_losses(model, windows, progress)
         distance: dict[str, Any] = {}

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from bitwright.calibration.overlap import overlap
 from bitwright.calibration.text import Layout, load_text
-from bitwright.checkpoint.load import load_model
-from bitwright.evaluate import EvalOptions, Evaluation, evaluate_model
+from bitwright.checkpoint.load import LoadedModel, load_model
+from bitwright.checkpoint.manifest import read_manifest
+from bitwright.errors import EvaluationError
+from bitwright.evaluate import EvalOptions, Evaluation, Windows, evaluate_windows, token_windows
 from bitwright.inspect import inspect
 
 
@@ -30,25 +33,37 @@ def eval(
         layout: how a file becomes one text. `auto` rejoins the non-blank rows of a WikiText file by two
             newlines and takes any other file as it is; `wikitext-original` also restores WikiText's blank
             rows, as published perplexities have it. The protocol id tells which.
-        options: windows, their length, and the protocol.
+        options: windows, their length, the protocol, and whether they may be windows of the calibration.
         progress: called with windows done and in all.
 
     Raises:
         CheckpointError, FormatError: a model cannot be loaded.
-        EvaluationError: the text is too short, or the models do not share a vocabulary.
+        EvaluationError: the text is too short, a quantized model was calibrated on it, or the models do not
+            share a vocabulary.
     """
     content = load_text(text, layout=layout)
+    options = options or EvalOptions()
     loaded = load_model(model)
+    windows = token_windows(loaded.tokenizer, content, options.length, options.windows, options.protocol)
+    if not options.allow_overlap:
+        _refuse_overlap(loaded, windows, content.name)
     reference = None if against is None else load_model(against)
-    evaluation = evaluate_model(
-        loaded.model,
-        loaded.tokenizer,
-        content,
-        reference=None if reference is None else reference.model,
-        options=options or EvalOptions(),
-        progress=progress,
+    evaluation = evaluate_windows(
+        loaded.model, windows, reference=None if reference is None else reference.model, progress=progress
     )
     if not loaded.quantized:
         return evaluation
     found = inspect(model)
     return replace(evaluation, bits_per_weight=found.bits_per_weight, bytes=found.bytes)
+
+
+def _refuse_overlap(loaded: LoadedModel, windows: Windows, text: str) -> None:
+    """Raise EvaluationError where a quantized model was calibrated on windows of this text."""
+    if not loaded.quantized or loaded.folder is None:
+        return
+    known = (read_manifest(loaded.folder).get("calibration") or {}).get("fingerprints") or []
+    if count := overlap(windows.ids, known):
+        raise EvaluationError(
+            f"text {text!r}: holds {count} of the {len(known)} windows that {loaded.label} was calibrated on, so it "
+            "would flatter the model; evaluate on another text, or set allow_overlap to measure all the same"
+        )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import WeightError
+from bitwright.numeric.bilevel import SecondLevel
 from bitwright.numeric.spec import WeightSpec
 
 
@@ -58,13 +59,72 @@ def stored_zero(zero: Tensor, spec: WeightSpec) -> Tensor:
     return zero.to(spec.storage_dtype).float()
 
 
+def rounded_up(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Smallest numbers of the float type `dtype` that are not below `values` (float32, not negative), as float32."""
+    nearest = values.to(dtype)
+    if dtype == torch.float32:
+        return nearest
+    # The bits of positive floats, read as integers, are in the order of the floats.
+    above = (nearest.view(torch.int16) + 1).view(dtype)
+    return torch.where(nearest.float() < values, above, nearest).float()
+
+
 @dataclass(frozen=True)
 class Grid:
-    """Scales and zeros of one matrix, float32 [out, groups], each exactly representable as it is stored."""
+    """Scales and zeros of one matrix, float32 [out, groups].
+
+    Without `levels` each is exactly representable as it is stored. With them (`spec.bilevel`), scales, and zeros
+    where `bilevel.zero_bits` is set, are what `levels` decodes to, to the last bit.
+    """
 
     scale: Tensor
     zero: Tensor
     spec: WeightSpec
+    levels: SecondLevel | None = None
+
+    @staticmethod
+    def of_levels(levels: SecondLevel, zero: Tensor | None, spec: WeightSpec) -> Grid:
+        """The grid that `levels` decodes to; `zero` [out, groups] where zeros have one level, else None."""
+        scale, decoded = levels.decode(spec)
+        zero = decoded if zero is None else zero
+        if zero is None:
+            raise ValueError(f"{spec.label()} stores zeros in one level; they are needed beside the second one")
+        return Grid(scale, zero, spec, levels)
+
+    @staticmethod
+    def concatenate(parts: list[Grid]) -> Grid:
+        """The grids of consecutive rows as one.
+
+        Raises:
+            ValueError: a part other than the last is no whole number of superblocks (`spec.row_multiple`).
+        """
+        _check_cuts([part.scale.shape[0] for part in parts], parts[0].spec.row_multiple, "rows")
+        return _joined(parts, 0)
+
+    @staticmethod
+    def concatenate_groups(parts: list[Grid]) -> Grid:
+        """The grids of consecutive groups of the same rows as one.
+
+        Raises:
+            ValueError: a part other than the last is no whole number of superblocks (`spec.group_multiple`).
+        """
+        _check_cuts([part.scale.shape[1] for part in parts], parts[0].spec.group_multiple, "groups")
+        return _joined(parts, 1)
+
+    def rows(self, rows: slice) -> Grid:
+        """The grid of consecutive rows.
+
+        A cut through superblocks leaves a one-level grid of the same values (`spec.one_level`): it decodes alike
+        and can be stored, but no longer as small.
+        """
+        scale, zero = self.scale[rows], self.zero[rows]
+        if self.levels is None:
+            return Grid(scale, zero, self.spec)
+        multiple, out_features = self.spec.row_multiple, self.scale.shape[0]
+        start, stop, _ = rows.indices(out_features)
+        if start % multiple or (stop % multiple and stop != out_features):
+            return Grid(scale, zero, self.spec.one_level)
+        return Grid(scale, zero, self.spec, self.levels.rows(slice(start, stop), self.spec))
 
     def expand(self, in_features: int) -> tuple[Tensor, Tensor]:
         """Scale and zero of every weight, each [out, in_features]."""
@@ -79,6 +139,16 @@ class Grid:
         """Weights of `codes` [out, in], float32."""
         scale, zero = self.expand(codes.shape[1])
         return decode(codes, scale, zero)
+
+
+def _check_cuts(sizes: list[int], multiple: int, what: str) -> None:
+    if any(size % multiple for size in sizes[:-1]):
+        raise ValueError(f"parts of {sizes} {what} cut through superblocks of {multiple}; cut after multiples of it")
+
+
+def _joined(parts: list[Grid], axis: int) -> Grid:
+    scale, zero = (torch.cat([getattr(part, name) for part in parts], dim=axis) for name in ("scale", "zero"))
+    return Grid(scale, zero, parts[0].spec, SecondLevel.concatenate([part.levels for part in parts], axis))
 
 
 def expand_groups(per_group: Tensor, spec: WeightSpec, in_features: int) -> Tensor:

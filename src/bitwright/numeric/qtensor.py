@@ -40,10 +40,11 @@ class QTensor:
         return weight if self.outliers is None else self.outliers.add_to(weight)
 
     def rows(self, rows: slice) -> QTensor:
-        """The given rows as a QTensor of their own."""
-        grid = Grid(self.grid.scale[rows], self.grid.zero[rows], self.spec)
+        """Consecutive rows as a QTensor of their own; see `Grid.rows` for cuts through superblocks."""
+        start, stop, _ = rows.indices(self.codes.shape[0])
+        rows = slice(start, stop)
         outliers = None if self.outliers is None else self.outliers.row_slice(rows)
-        return QTensor(self.codes[rows], grid, outliers)
+        return QTensor(self.codes[rows], self.grid.rows(rows), outliers)
 
     def validate(self, name: str) -> QTensor:
         """Self, if every part agrees with every other.
@@ -61,6 +62,18 @@ class QTensor:
                 raise FormatError(f"{name}: {part} holds NaN or Inf")
         if self.codes.numel() and int(self.codes.max()) > spec.max_code:
             raise FormatError(f"{name}: code {int(self.codes.max())} is above {spec.max_code} ({spec.bits} bits)")
+        self._validate_levels(name)
         if self.outliers is not None:
             self.outliers.validate(name, self.shape)
         return self
+
+    def _validate_levels(self, name: str) -> None:
+        grid, levels = self.grid, self.grid.levels
+        if levels is None or self.spec.bilevel is None:
+            if levels is not None or self.spec.bilevel is not None:
+                raise FormatError(f"{name}: the grid's levels do not agree with its spec {self.spec.label()}")
+            return
+        levels.validate(name, (grid.scale.shape[0], grid.scale.shape[1]), self.spec)
+        scale, zero = levels.decode(self.spec)
+        if not torch.equal(scale, grid.scale) or (zero is not None and not torch.equal(zero, grid.zero)):
+            raise FormatError(f"{name}: scales or zeros are not what their second level decodes to")

@@ -40,7 +40,8 @@ from bitwright.runtime.linear import PackedModule, QuantizedEmbedding, Quantized
 # Names of types in safetensors headers, as far as the native format uses them.
 _HEADER_DTYPES = {
     "I32": torch.int32,
-    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "I8": torch.int8,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -175,7 +176,7 @@ def _find(model: PreTrainedModel, name: str) -> nn.Module:
 
 
 def _refuse_unknown_parts(files: list[str], entries: dict[str, TensorEntry]) -> None:
-    """Refuse tensors of quantized modules that version 1 does not define; transformers would only warn."""
+    """Refuse tensors of quantized modules that their entries do not have; transformers would only warn."""
     for file in (file for file in files if file.endswith(".safetensors")):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (it is no mapping)

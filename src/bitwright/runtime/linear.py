@@ -21,9 +21,6 @@ from bitwright.runtime.reference import PackedWeight
 class PackedModule(nn.Module):
     """Base of the modules that own a packed matrix [out, in]; its buffers are the parts of `entry`."""
 
-    weight_packed: Tensor
-    weight_scale: Tensor
-
     def __init__(self, entry: TensorEntry, device: torch.device | str | None = None) -> None:
         """Uninitialized buffers on `device` ("meta" allocates nothing)."""
         super().__init__()
@@ -38,20 +35,7 @@ class PackedModule(nn.Module):
 
     def packed(self) -> PackedWeight:
         """The parts as a kernel receives them."""
-        spec = self.entry.spec
-        zero, ptr, idx, val = (getattr(self, name, None) for name in PART_NAMES[2:])
-        group_size = spec.group_width(self.in_features)
-        return PackedWeight(
-            self.weight_packed,
-            self.weight_scale,
-            zero,
-            ptr,
-            idx,
-            val,
-            spec.bits,
-            group_size,
-            self.in_features,
-        )
+        return PackedWeight.of(self.stored(), self.entry.spec, self.in_features)
 
     def load_parts(self, name: str, stored: Mapping[str, Tensor]) -> None:
         """Take over `stored` after checking it; `name` goes into messages.

@@ -11,26 +11,23 @@ functional and has a fake (shape-only) version, so that `torch.compile` and `tor
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitwright.errors import FormatError
-from bitwright.formats.native import TensorEntry, check_layout
-from bitwright.numeric.spec import SCALE_DTYPES
+from bitwright.formats.native import PART_NAMES, TensorEntry, check_layout
 from bitwright.runtime import reference
 from bitwright.runtime.reference import PackedWeight
 
 LinearKernel = Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
 EmbeddingKernel = Callable[[Tensor, PackedWeight, torch.dtype], Tensor]
 
-_WEIGHT = (
-    "Tensor weight_packed, Tensor weight_scale, Tensor? weight_zero, "
-    "Tensor? outlier_ptr, Tensor? outlier_idx, Tensor? outlier_val"
-)
-_LAYOUT = "int bits, int group_size, int in_features"
+_PARTS = len(PART_NAMES)
+_WEIGHT = ", ".join(f"Tensor{'' if name == 'weight_packed' else '?'} {name}" for name in PART_NAMES)
+_LAYOUT = "int bits, int group_size, int in_features, int[] bilevel"
 
 _LIBRARY = torch.library.Library("bitwright", "DEF")
 _LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, {_LAYOUT}) -> Tensor")
@@ -64,9 +61,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
         FormatError: a tensor of `weight` does not have the layout of the native format.
         ValueError: `x` or `bias` does not fit `weight`.
     """
-    result: Tensor = torch.ops.bitwright.linear(
-        x, *_tensors(weight), bias, weight.bits, weight.group_size, weight.in_features
-    )
+    result: Tensor = torch.ops.bitwright.linear(x, *_tensors(weight), bias, *_layout(weight))
     return result
 
 
@@ -78,34 +73,29 @@ def embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
         ValueError: `ids` are not integers or on another device.
         IndexError: an id is outside the weight's rows.
     """
-    result: Tensor = torch.ops.bitwright.embedding(
-        ids, *_tensors(weight), weight.bits, weight.group_size, weight.in_features, dtype
-    )
+    result: Tensor = torch.ops.bitwright.embedding(ids, *_tensors(weight), *_layout(weight), dtype)
     return result
 
 
 def _tensors(weight: PackedWeight) -> list[Tensor | None]:
-    """The six tensors of `weight` in the order of the schema."""
-    return [getattr(weight, field.name) for field in fields(weight)[:6]]
+    """The parts of `weight` in the order of the schema."""
+    return [getattr(weight, name) for name in PART_NAMES]
 
 
-def _linear(
-    x: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero: Tensor | None,
-    outlier_ptr: Tensor | None,
-    outlier_idx: Tensor | None,
-    outlier_val: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    in_features: int,
-    *,
-    fake: bool,
-) -> Tensor:
-    tensors = (weight_packed, weight_scale, weight_zero, outlier_ptr, outlier_idx, outlier_val)
-    weight = PackedWeight(*tensors, bits, group_size, in_features)
+def _layout(weight: PackedWeight) -> tuple[int, int, int, list[int]]:
+    """The numbers of `weight` in the order of the schema."""
+    return weight.bits, weight.group_size, weight.in_features, list(weight.bilevel)
+
+
+def _weight(tensors: tuple[Any, ...], layout: tuple[Any, ...]) -> PackedWeight:
+    """Inverse of `_tensors` and `_layout`."""
+    fields = [*tensors, *layout[:-1], tuple(layout[-1])]
+    return PackedWeight(*fields)
+
+
+def _linear(x: Tensor, *arguments: Any, fake: bool) -> Tensor:
+    bias = arguments[_PARTS]
+    weight = _weight(arguments[:_PARTS], arguments[_PARTS + 1 :])
     _check_weight(weight, x.device)
     _check_linear(x, weight, bias)
     if fake:
@@ -113,48 +103,33 @@ def _linear(
     return _linear_kernels.get(x.device.type, reference.linear)(x, weight, bias)
 
 
-def _embedding(
-    ids: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero: Tensor | None,
-    outlier_ptr: Tensor | None,
-    outlier_idx: Tensor | None,
-    outlier_val: Tensor | None,
-    bits: int,
-    group_size: int,
-    in_features: int,
-    dtype: torch.dtype,
-    *,
-    fake: bool,
-) -> Tensor:
-    tensors = (weight_packed, weight_scale, weight_zero, outlier_ptr, outlier_idx, outlier_val)
-    weight = PackedWeight(*tensors, bits, group_size, in_features)
+def _embedding(ids: Tensor, *arguments: Any, fake: bool) -> Tensor:
+    weight, dtype = _weight(arguments[:_PARTS], arguments[_PARTS:-1]), arguments[-1]
     _check_weight(weight, ids.device)
     if ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"bitwright::embedding: ids are {ids.dtype}, needed int32 or int64")
     if fake:
-        return ids.new_empty((*ids.shape, in_features), dtype=dtype)
+        return ids.new_empty((*ids.shape, weight.in_features), dtype=dtype)
     return _embedding_kernels.get(ids.device.type, reference.embedding)(ids, weight, dtype)
 
 
 def _check_weight(weight: PackedWeight, device: torch.device) -> None:
     """Refuse tensors that are not the layout of the entry they themselves imply, or on another device."""
-    present = {field.name: getattr(weight, field.name) for field in fields(weight)[:6]}
-    stored: dict[str, Tensor] = {name: tensor for name, tensor in present.items() if tensor is not None}
+    stored = weight.stored()
     for name, tensor in stored.items():
         if tensor.device != device:
             raise ValueError(f"bitwright: {name} is on {tensor.device}, needed {device} as the input")
         if not tensor.is_contiguous():
             raise FormatError(f"bitwright: {name} has strides {tensor.stride()}, needed a contiguous tensor")
-    if weight.weight_packed.dim() != 2 or weight.weight_scale.dtype not in SCALE_DTYPES.values():
-        raise FormatError(
-            f"bitwright: weight_packed has {weight.weight_packed.dim()} axes and weight_scale is "
-            f"{weight.weight_scale.dtype}, needed 2 axes and float16, bfloat16 or float32"
-        )
+    if weight.weight_packed.dim() != 2:
+        raise FormatError(f"bitwright: weight_packed has {weight.weight_packed.dim()} axes, needed 2")
+    try:
+        spec = weight.spec
+    except ValueError as error:
+        raise FormatError(f"bitwright: no layout has these tensors and sizes: {error}") from None
     outliers = 0 if weight.outlier_val is None else weight.outlier_val.numel()
-    entry = TensorEntry(weight.spec, (weight.out_features, weight.in_features), outliers)
-    check_layout("bitwright", stored, entry)
+    value_bits = 16 if weight.outlier_step is None else 8
+    check_layout("bitwright", stored, TensorEntry(spec, weight.shape, outliers, value_bits))
 
 
 def _check_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:

@@ -6,35 +6,59 @@ They define the operators' results. Weights are decoded in float32 by the same a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from bitwright.formats.bits import unpack_rows
-from bitwright.formats.native import unpack_zero
-from bitwright.numeric.grid import decode
+from bitwright.formats.native import PART_NAMES, unpack_grid, unpack_outliers
+from bitwright.numeric.grid import Grid, decode
+from bitwright.numeric.outliers import Outliers
 from bitwright.numeric.spec import SCALE_DTYPES, WeightSpec
 
 # Weights decoded at once: 64 MiB of float32 and at most twice that in temporaries.
 _CHUNK = 1 << 24
 
+# Axes of superblocks by the number that stands for them in an operator's arguments.
+_AXES = ("row", "column")
+
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """One stored matrix [out, in] in the layout of `formats.native`, as a kernel receives it."""
+    """One stored matrix [out, in] in the layout of `formats.native`, as a kernel receives it.
+
+    The tensors are the parts of the format, None where the layout has no such part. `bilevel` is empty for one
+    level, else (axis: 0 row or 1 column, size, scale_bits, zero_bits or 0).
+    """
 
     weight_packed: Tensor
-    weight_scale: Tensor
+    weight_scale: Tensor | None
     weight_zero: Tensor | None
-    outlier_ptr: Tensor | None
+    scale_codes: Tensor | None
+    zero_codes: Tensor | None
+    superblock_statistics: Tensor | None
+    outlier_counts: Tensor | None
     outlier_idx: Tensor | None
     outlier_val: Tensor | None
+    outlier_step: Tensor | None
     bits: int
     group_size: int
     in_features: int
+    bilevel: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(stored: Mapping[str, Tensor], spec: WeightSpec, in_features: int) -> PackedWeight:
+        """The matrix whose parts are `stored`."""
+        level = spec.bilevel
+        numbers = () if level is None else (_AXES.index(level.axis), level.size, level.scale_bits, level.zero_bits or 0)
+        fields: list[Any] = [stored.get(name) for name in PART_NAMES]
+        fields += [spec.bits, spec.group_width(in_features), in_features, numbers]
+        return PackedWeight(*fields)
 
     @property
     def out_features(self) -> int:
@@ -42,43 +66,67 @@ class PackedWeight:
         return self.weight_packed.shape[0]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.out_features, self.in_features
+
+    @property
     def spec(self) -> WeightSpec:
-        """What the codes look like; symmetric without a zero, float zeros when they are stored as floats."""
-        zero = self.weight_zero
-        has_float_zero = zero is not None and zero.is_floating_point()
-        return _spec(self.bits, self.group_size, zero is None, has_float_zero, self.weight_scale.dtype)
+        """What the codes look like; symmetric without zeros, float zeros when they are no packed integers.
+
+        Raises:
+            ValueError: no spec has these sizes, or neither scales nor statistics are of a stored type.
+        """
+        zero, scale = self.weight_zero, self.superblock_statistics if self.bilevel else self.weight_scale
+        if self.zero_codes is not None or (zero is not None and zero.is_floating_point()):
+            kind = "float"
+        else:
+            kind = "symmetric" if zero is None else "int"
+        return _spec(self.bits, self.group_size, kind, None if scale is None else scale.dtype, tuple(self.bilevel))
+
+    def stored(self) -> dict[str, Tensor]:
+        """The parts that are there, by local name."""
+        present = ((name, getattr(self, name)) for name in PART_NAMES)
+        return {name: tensor for name, tensor in present if tensor is not None}
+
+    def grid(self) -> Grid:
+        """Scales and zeros, decoded from whatever stores them."""
+        return unpack_grid(self.stored(), self.spec, self.shape)
+
+    def outliers(self) -> Outliers | None:
+        """The outliers by row, unpacked; None where there are none."""
+        return None if self.outlier_idx is None else unpack_outliers(self.stored(), self.shape)
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """`x` [..., in] times the transposed weight, plus `bias` [out]: [..., out] of the type of `x`."""
     dtype = product_dtype(x)
     inputs = x.to(dtype)
-    chunks = _row_chunks(weight.out_features, weight.in_features)
-    zero = unpack_zero(weight.weight_zero, weight.weight_scale, weight.bits)
+    grid, outliers = weight.grid(), weight.outliers()
     result = x.new_empty((*x.shape[:-1], weight.out_features))
-    for rows in chunks:
+    for rows in _row_chunks(*weight.shape):
         part = None if bias is None else bias[rows].to(dtype)
-        result[..., rows] = functional.linear(inputs, _decode_chunk(weight, zero, rows).to(dtype), part)
+        decoded = _decode_chunk(weight, grid, outliers, rows).to(dtype)
+        result[..., rows] = functional.linear(inputs, decoded, part)
     return result
 
 
 def embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """Rows `ids` (int32 or int64, any shape) of the weight, [*ids.shape, in]; decodes no other row."""
+    """Rows `ids` (int32 or int64, any shape) of the weight, [*ids.shape, in]; decodes no other row's weights."""
     rows = ids.reshape(-1)
-    zero = unpack_zero(weight.weight_zero, weight.weight_scale, weight.bits)
+    grid, outliers = weight.grid(), weight.outliers()
     result = torch.empty(rows.numel(), weight.in_features, dtype=dtype, device=ids.device)
     for some in _row_chunks(rows.numel(), weight.in_features):
-        result[some] = _decode_rows(weight, zero, rows[some]).to(dtype)
+        result[some] = _decode_rows(weight, grid, outliers, rows[some]).to(dtype)
     return result.reshape(*ids.shape, weight.in_features)
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The whole matrix [out, in] as `dtype`."""
-    zero = unpack_zero(weight.weight_zero, weight.weight_scale, weight.bits)
-    shape = (weight.out_features, weight.in_features)
-    result = torch.empty(shape, dtype=dtype, device=weight.weight_packed.device)
-    for rows in _row_chunks(*shape):
-        result[rows] = _decode_chunk(weight, zero, rows).to(dtype)
+    grid, outliers = weight.grid(), weight.outliers()
+    result = torch.empty(weight.shape, dtype=dtype, device=weight.weight_packed.device)
+    for rows in _row_chunks(*weight.shape):
+        result[rows] = _decode_chunk(weight, grid, outliers, rows).to(dtype)
     return result
 
 
@@ -94,47 +142,39 @@ def _row_chunks(rows: int, width: int) -> list[slice]:
     return [slice(row, min(row + height, rows)) for row in range(0, rows, height)]
 
 
-def _decode_chunk(weight: PackedWeight, zero: Tensor, rows: slice) -> Tensor:
+def _decode_chunk(weight: PackedWeight, grid: Grid, outliers: Outliers | None, rows: slice) -> Tensor:
     """Consecutive `rows` of the weight in float32."""
-    dense = _decode_grid(weight, weight.weight_packed[rows], weight.weight_scale[rows], zero[rows])
-    if weight.outlier_ptr is None or weight.outlier_idx is None or weight.outlier_val is None:
+    dense = _decode_grid(weight, weight.weight_packed[rows], grid.scale[rows], grid.zero[rows])
+    if outliers is None:
         return dense
-    pointer = weight.outlier_ptr[rows.start : rows.stop + 1].to(torch.int64)
-    whole = dense.shape[0] == weight.out_features
-    # The count of the whole matrix is known from a shape; reading a pointer would wait for the device.
-    first, last = (0, weight.outlier_idx.numel()) if whole else (int(pointer[0]), int(pointer[-1]))
-    places = torch.arange(first, last, device=dense.device)
-    # repeat_interleave would do; on the CPU it costs a millisecond however short its input.
-    owners = torch.searchsorted(pointer[1:], places, right=True)
-    columns = weight.outlier_idx[first:last].to(torch.int64)
-    return dense.index_put_((owners, columns), weight.outlier_val[first:last].float(), accumulate=True)
+    # The count of the whole matrix is known from a shape; a slice reads pointers, which waits for the device.
+    some = outliers if dense.shape[0] == weight.out_features else outliers.row_slice(rows)
+    return dense.index_put_((some.rows(), some.column), some.residual, accumulate=True)
 
 
-def _decode_rows(weight: PackedWeight, zero: Tensor, rows: Tensor) -> Tensor:
+def _decode_rows(weight: PackedWeight, grid: Grid, outliers: Outliers | None, rows: Tensor) -> Tensor:
     """Any `rows` (int [n]) of the weight in float32.
 
     Raises:
         IndexError: a row does not exist (on the CPU; other devices report it when they next synchronize).
     """
-    packed = weight.weight_packed.index_select(0, rows)
-    dense = _decode_grid(weight, packed, weight.weight_scale.index_select(0, rows), zero.index_select(0, rows))
-    if weight.outlier_ptr is None or weight.outlier_idx is None or weight.outlier_val is None:
+    packed, scale, zero = (t.index_select(0, rows) for t in (weight.weight_packed, grid.scale, grid.zero))
+    dense = _decode_grid(weight, packed, scale, zero)
+    if outliers is None:
         return dense
-    first = weight.outlier_ptr.index_select(0, rows).to(torch.int64)
-    lengths = weight.outlier_ptr.index_select(0, rows + 1).to(torch.int64) - first
+    first = outliers.row_pointer.index_select(0, rows)
+    lengths = outliers.row_pointer.index_select(0, rows + 1) - first
     ends = lengths.cumsum(0)
     places = torch.arange(int(ends[-1]), device=dense.device)
     owners = torch.searchsorted(ends, places, right=True)
     # Position within its row's segment: the running number less where the segment started.
     chosen = places + (first - (ends - lengths))[owners]
-    columns = weight.outlier_idx.to(torch.int32)[chosen].to(torch.int64)
-    return dense.index_put_((owners, columns), weight.outlier_val[chosen].float(), accumulate=True)
+    return dense.index_put_((owners, outliers.column[chosen]), outliers.residual[chosen], accumulate=True)
 
 
 def _decode_grid(weight: PackedWeight, packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Decoded codes of some rows, float32 [rows, in], without the outliers."""
     codes = unpack_rows(packed, weight.bits, weight.in_features)
-    scale = scale.float()
     width = min(weight.group_size, weight.in_features)
     full = weight.in_features // width
     # Broadcasting over whole groups spares two matrices of expanded scales and zeros.
@@ -146,15 +186,30 @@ def _decode_grid(weight: PackedWeight, packed: Tensor, scale: Tensor, zero: Tens
 
 
 @lru_cache(maxsize=256)
-def _spec(bits: int, group_size: int, symmetric: bool, float_zero: bool, scale_dtype: torch.dtype) -> WeightSpec:
+def _spec(
+    bits: int, group_size: int, kind: str, scale_dtype: torch.dtype | None, bilevel: tuple[int, ...]
+) -> WeightSpec:
+    """The spec of given sizes; raises ValueError where there is none."""
     names = {dtype: name for name, dtype in SCALE_DTYPES.items()}
-    zero = "float" if float_zero else "int"
+    if scale_dtype not in names or len(bilevel) not in (0, 4) or (bilevel and bilevel[0] not in (0, 1)):
+        raise ValueError(f"scales of {scale_dtype} with bilevel {list(bilevel)}")
+    level = (
+        {
+            "axis": _AXES[bilevel[0]],
+            "size": bilevel[1],
+            "scale_bits": bilevel[2],
+            "zero_bits": bilevel[3] or None,
+        }
+        if bilevel
+        else None
+    )
     return WeightSpec.model_validate(
         {
             "bits": bits,
             "group_size": group_size,
-            "symmetric": symmetric,
-            "zero": zero,
+            "symmetric": kind == "symmetric",
+            "zero": "float" if kind == "float" else "int",
             "scale_dtype": names[scale_dtype],
+            "bilevel": level,
         }
     )

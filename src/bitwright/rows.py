@@ -1,0 +1,75 @@
+"""Rows: what becomes of each tensor of a checkpoint, and the units in which tensors travel."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from bitwright.checkpoint.shard import NAMES
+from bitwright.numeric.spec import WeightSpec
+from bitwright.recipe import Method
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of the checkpoint and what becomes of it."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    source_dtype: torch.dtype
+    action: Literal["quantize", "keep", "tied"]
+    rule: str
+    bytes: int
+    """Bytes on disk: exact for kept tensors and without outliers, else expected."""
+    stored_dtype: torch.dtype | None = None
+    """Of a kept tensor."""
+    spec: WeightSpec | None = None
+    method: Method | None = None
+
+    @property
+    def module(self) -> str:
+        """The module that owns the tensor, which is what rules match."""
+        return self.tensor.rpartition(".")[0]
+
+    @property
+    def weights(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its rounding needs to see the inputs of the linear."""
+        return self.method is not None and self.method.calibrated
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the tensor in the source."""
+        return self.weights * self.source_dtype.itemsize
+
+    def to_json(self) -> dict[str, Any]:
+        """The row for `plan --json`."""
+        return {
+            "tensor": self.tensor,
+            "shape": list(self.shape),
+            "source_dtype": NAMES[self.source_dtype],
+            "action": self.action,
+            "rule": self.rule,
+            "bytes": self.bytes,
+            "stored_dtype": None if self.stored_dtype is None else NAMES[self.stored_dtype],
+            "spec": None if self.spec is None else self.spec.model_dump(mode="json"),
+            "method": None if self.method is None else self.method.name,
+            "bits_per_weight": 8 * self.bytes / self.weights if self.weights else None,
+        }
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors that travel together into one shard."""
+
+    label: str
+    rows: tuple[Row, ...]
+    block: int | None = None
+    """Number of the decoder block that these are the tensors of."""
