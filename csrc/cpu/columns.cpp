@@ -17,8 +17,9 @@ namespace {
 constexpr int LANES = 16;
 // Rows that share one pass over the Hessian, so that each of its rows is read from memory once per tile.
 constexpr std::int64_t REFINE_ROWS = 8;
-// Below this many multiplications a thread costs more to start than it saves.
-constexpr double WORK_PER_THREAD = 1 << 20;
+// A thread is worth starting for this many multiplications, a third of a millisecond, or more: for less it mostly
+// gets in the way of PyTorch's own threads, which go on spinning for a while after each operation.
+constexpr double WORK_PER_THREAD = 1 << 22;
 // Adding and taking away 1.5 * 2^23 rounds half to even for values below 2^22, on every instruction set alike.
 constexpr float ROUNDER = 12582912.0f;
 
@@ -59,7 +60,8 @@ template <class Value>
 BITWRIGHT_INLINE void store_rows(const float* tile, std::int64_t width, std::int64_t first, int rows, Value* matrix) {
   for (int lane = 0; lane < rows; ++lane) {
     Value* row = matrix + (first + lane) * width;
-    for (std::int64_t column = 0; column < width; ++column) row[column] = static_cast<Value>(tile[column * LANES + lane]);
+    const float* values = tile + lane;
+    for (std::int64_t column = 0; column < width; ++column) row[column] = static_cast<Value>(values[column * LANES]);
   }
 }
 
@@ -87,7 +89,7 @@ struct Lanes {
   }
 };
 
-// Rounds WIDTH lanes, from `lane` on, of the column at `at` = column * LANES. The tile's outliers so far are the mask's.
+// Rounds WIDTH lanes, from `lane` on, of the column at `at` = column * LANES. Outliers so far are the mask's.
 template <int WIDTH>
 BITWRIGHT_INLINE void round_lanes(Tile& tile, std::int64_t at, int lane, float diagonal, float max_code, Lanes& lanes) {
   using Floats = typename Simd<WIDTH>::Floats;
@@ -225,7 +227,8 @@ bool round_columns(const RoundTask& task, Isa isa, int threads) {
 
 void refine_codes(const RefineTask& task, Isa isa, int threads) {
   const std::int64_t tiles = (task.out + REFINE_ROWS - 1) / REFINE_ROWS;
-  const double work = 0.1 * static_cast<double>(task.out) * static_cast<double>(task.in) * static_cast<double>(task.in);
+  // Some tenth of the codes change, each of which updates a row of the gradient; looking at one costs 64 at any rate.
+  const double work = static_cast<double>(task.out) * static_cast<double>(task.in) * (0.1 * task.in + 64.0);
   const RefineRows refine_rows = REFINE[static_cast<int>(isa)];
   parallel_tiles(tiles, useful_threads(threads, tiles, work),
                  [&](std::int64_t tile, int) { refine_rows(task, tile * REFINE_ROWS); });

@@ -1,7 +1,7 @@
 """Budgets: how many outliers a number of bits per weight leaves room for.
 
 Codes, scales and zeros are known from shapes alone, and so is what an outlier takes. What is left of the budget
-is spent on outliers, the same share of every tensor whose policy `obs` names no limit of its own.
+is spent on outliers, the same share of every tensor whose policy is `obs`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ _SAMPLE = 1 << 10
 
 
 def within_budget(units: Sequence[Unit], bits_per_weight: float) -> tuple[Unit, ...]:
-    """`units` whose outliers without a limit get the share that makes quantized weights take `bits_per_weight`.
+    """`units` whose outliers get the share that makes quantized weights take `bits_per_weight`.
+
+    Only policies `obs` that keep a share take part; those with a threshold keep what is above it.
 
     Raises:
         PlanError: no tensor's outliers are free to choose, or there is no room for any.
@@ -28,7 +30,7 @@ def within_budget(units: Sequence[Unit], bits_per_weight: float) -> tuple[Unit, 
     free = [row for row in quantized if _is_free(row)]
     if not free:
         raise PlanError(
-            f"bits_per_weight={bits_per_weight:g} needs a method with outliers 'obs' without a limit, as spqr"
+            f"bits_per_weight={bits_per_weight:g} needs a method whose outliers 'obs' keep a share, such as spqr"
         )
     fixed_bytes = sum(_bytes(row, 0) if _is_free(row) else row.bytes for row in quantized)
     # A first outlier brings a tensor's counts and steps; the others only themselves.
@@ -49,7 +51,7 @@ def within_budget(units: Sequence[Unit], bits_per_weight: float) -> tuple[Unit, 
 
 def _is_free(row: Row) -> bool:
     policy = None if row.method is None else row.method.outliers
-    return isinstance(policy, Obs) and policy.threshold is None and policy.loss is None and policy.share is None
+    return isinstance(policy, Obs) and policy.keeps_a_share
 
 
 def _bytes(row: Row, outliers: int) -> int:

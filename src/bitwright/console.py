@@ -16,6 +16,7 @@ from bitwright.inspect import Inspection
 from bitwright.machine import Estimate
 from bitwright.pipeline import Summary
 from bitwright.plan import Plan
+from bitwright.rounding import columns
 from bitwright.rows import Row
 
 # Without a terminal there is no width to ask for; tables in logs should not be folded.
@@ -80,6 +81,8 @@ def show_expectation(plan: Plan, needs: Estimate, on: Console) -> None:
         f"{duration(needs.seconds)}, peak memory {size(needs.peak_rss_bytes)}, disk {size(needs.disk_bytes)}.",
         highlight=False,
     )
+    if plan.inputs is not None and columns.backend() == "reference":
+        on.print(f"[yellow]Error feedback runs in the slow PyTorch reference: {columns.backend_reason()}.[/]")
 
 
 def _grouped(plan: Plan, every_row: bool) -> dict[str, list[Row]]:

@@ -27,7 +27,7 @@ from bitwright.models.adapter import Adapter, block_count
 from bitwright.numeric.outliers import NoOutliers, NSigma
 from bitwright.numeric.spec import WeightSpec
 from bitwright.recipe import Inputs, Method, Recipe, Rule, Scheme, as_recipe, weight_spec
-from bitwright.rounding.sensitivity import DEFAULT_SHARE, Obs
+from bitwright.rounding.sensitivity import Obs
 from bitwright.rows import Row, Unit
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -299,7 +299,5 @@ def expected_outlier_share(policy: NoOutliers | NSigma | Obs) -> float:
     if isinstance(policy, NoOutliers):
         return 0.0
     if isinstance(policy, Obs):
-        if policy.share is not None:
-            return policy.share
-        return DEFAULT_SHARE if policy.threshold is None and policy.loss is None else 0.003
+        return policy.share if policy.keeps_a_share else 0.003
     return min(policy.max_share, 2 * math.erfc(policy.n / math.sqrt(2)))

@@ -202,6 +202,20 @@ def test_15_beats_nearest_on_an_ensemble(name: str, policy, settings: Gptq) -> N
     assert ours < 0.8 * nearest
 
 
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("policy", [NoOutliers(), Obs(share=0.01)], ids=lambda p: p.name)
+def test_sweeps_never_raise_the_objective(name: str, policy) -> None:
+    weight, matrix = weights(), hessian()
+    plain, swept = (
+        quantize_gptq(weight, matrix, SPECS[name], Minmax(), policy, Gptq(order="natural", sweeps=sweeps)).q
+        for sweeps in (0, 3)
+    )
+    before, after = (objective(weight - q.dequantize(), damped(matrix)) for q in (plain, swept))
+    assert after < before
+    if plain.outliers is not None and swept.outliers is not None:
+        assert torch.equal(plain.outliers.residual, swept.outliers.residual)
+
+
 def test_the_same_job_gives_the_same_bits_with_any_number_of_threads() -> None:
     before = torch.get_num_threads()
     results = []

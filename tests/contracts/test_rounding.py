@@ -5,7 +5,7 @@ import torch
 
 from bitwright.numeric.measure import squared_error
 from bitwright.numeric.outliers import NoOutliers, NSigma
-from bitwright.numeric.spec import WeightSpec
+from bitwright.numeric.spec import Bilevel, WeightSpec
 from bitwright.ranges import Hqq, Minmax, Mse, MseAdam
 from bitwright.rounding import nearest
 from bitwright.rounding.nearest import quantize_nearest, row_chunks
@@ -56,6 +56,17 @@ def test_the_result_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -
     parts = quantize_nearest(weight, None, spec, Mse(), policy)
     assert torch.equal(whole.codes, parts.codes)
     assert torch.equal(whole.dequantize(), parts.dequantize())
+
+
+@pytest.mark.parametrize("axis", ["row", "column"])
+def test_chunks_do_not_cut_superblocks(axis, monkeypatch: pytest.MonkeyPatch) -> None:
+    bilevel = Bilevel(axis=axis, size=16, scale_bits=4, zero_bits=4)
+    weight, spec = matrix(), WeightSpec(bits=4, group_size=16, zero="float", bilevel=bilevel)
+    whole = quantize_nearest(weight, None, spec, Mse(), NoOutliers())
+    monkeypatch.setattr(nearest, "CHUNK_WEIGHTS", 160)
+    parts = quantize_nearest(weight, None, spec, Mse(), NoOutliers())
+    assert torch.equal(whole.dequantize(), parts.dequantize())
+    assert parts.validate("w") is parts
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

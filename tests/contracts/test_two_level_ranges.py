@@ -196,6 +196,15 @@ def test_scales_of_both_signs_keep_their_ranges() -> None:
             assert bool((ends.amax(0) + tolerance >= end).all())
 
 
+@pytest.mark.parametrize("axis", ["row", "column"])
+def test_scales_near_the_smallest_float16_are_not_cut(axis: str) -> None:
+    """Steps of 255 codes would round to 0 or to half of themselves."""
+    spec = spec_of("float", axis, codes=(8, 8))
+    scale = torch.logspace(-7, -5.3, 16).reshape(4, 4)
+    grid = quantize_levels(scale, torch.full((4, 4), 7.5), spec)
+    assert bool((grid.scale > 0.45 * scale).all())
+
+
 @each_spec
 def test_negative_scales_of_asymmetric_codes_are_turned(spec: WeightSpec) -> None:
     if spec.symmetric:

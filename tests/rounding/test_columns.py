@@ -146,7 +146,7 @@ def test_refinement_equals_the_reference_bit_for_bit(rows: int, width: int) -> N
 
 @pytest.mark.usefixtures("_keep_threads")
 def test_threads_and_instruction_sets_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, width = 150, 256  # enough work for several threads
+    rows, width = 400, 384  # enough work for four threads
     weight, hessian, grid = make_weight(rows, width), make_hessian(width), make_grid(rows, width)
     # Small integers: the matrix product before the refinement is exact, whatever PyTorch's threads do.
     whole, residual = (hessian * 8).round(), (weight * 4).round()

@@ -177,7 +177,8 @@ def _steps(values: Tensor, minimum: Tensor, bits: int, spec: WeightSpec) -> tupl
     """(codes, step) of `values` from `minimum` up to their largest."""
     largest_code = (1 << bits) - 1
     span = (values.amax(dim=2, keepdim=True) - minimum).clamp_min(0)
-    step = (span / largest_code).to(spec.storage_dtype).float()
+    # Up, so that the largest value is not cut where steps are subnormal and coarse.
+    step = rounded_up(span / largest_code, spec.storage_dtype)
     codes = torch.where(step > 0, (values - minimum) / step, 0.0).round_().clamp_(0, largest_code)
     return codes.to(torch.uint8), step
 
@@ -190,7 +191,7 @@ def _proportional(scale: Tensor, spec: WeightSpec) -> tuple[Tensor, Tensor]:
     step = scale.clamp_min(0).amax(dim=2, keepdim=True) / highest
     if spec.symmetric:
         step = torch.maximum(step, (-scale).clamp_min(0).amax(dim=2, keepdim=True) / offset)
-    # Up, so that the largest scale is not cut where steps are subnormal and coarse.
+    # Up, as above; and never 0.
     step = stored_scale(rounded_up(step, spec.storage_dtype), spec)
     multiples = (scale / step).round_()
     multiples = torch.where(multiples == 0, torch.sign(scale), multiples).clamp_(lowest, highest)

@@ -178,10 +178,9 @@ def _scale_statistics(grid: Grid, levels: SecondLevel, sums: _Sums, old: list[Te
     """[minimum, step] or [step] of the scales, given codes and what does not depend on the scale."""
     spec, bilevel = grid.spec, grid.spec.bilevel
     assert bilevel is not None
-    codes, zero = (
-        levels.scale_codes.double() - (code_offset(spec) if bilevel.axis == "column" else 0),
-        grid.zero.double(),
-    )
+    codes, zero = levels.scale_codes.double(), grid.zero.double()
+    if bilevel.axis == "column":
+        codes -= code_offset(spec)
     if bilevel.axis == "column" and levels.zero_codes is not None:
         # weight = step * scale_code * code - minimum, and the minimum is held.
         minimum = grid.scale.double() * zero

@@ -24,13 +24,14 @@ class Nearest(Settings):
     name: Literal["nearest"] = "nearest"
 
 
-def row_chunks(shape: tuple[int, int]) -> list[slice]:
-    """Row slices of about `CHUNK_WEIGHTS` weights for each of PyTorch's threads.
+def row_chunks(shape: tuple[int, int], multiple: int = 1) -> list[slice]:
+    """Row slices of about `CHUNK_WEIGHTS` weights for each of PyTorch's threads, cut after multiples of `multiple`.
 
     What a row becomes does not depend on its chunk, so the result does not depend on the machine.
     """
     out_features, in_features = shape
     step = max(1, CHUNK_WEIGHTS * torch.get_num_threads() // max(1, in_features))
+    step = -(-step // multiple) * multiple
     return [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
 
 
@@ -47,10 +48,10 @@ def quantize_nearest(
     the outlier threshold, so the result does not depend on the chunking. Outliers keep the nearest code of
     their own value beneath, and store target minus that code's value.
     """
-    chunks = row_chunks((weight.shape[0], weight.shape[1]))
+    chunks = row_chunks((weight.shape[0], weight.shape[1]), spec.row_multiple)
     threshold = outlier_threshold(weight, policy, chunks)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
-    scales, zeros, outliers = [], [], []
+    grids, outliers = [], []
     for rows in chunks:
         part = weight[rows].float()
         part_importance = importance if importance is None or importance.shape[0] == 1 else importance[rows]
@@ -59,12 +60,10 @@ def quantize_nearest(
         scale, zero = grid.expand(part.shape[1])
         part_codes = encode(part, scale, zero, spec)
         codes[rows] = part_codes.to(torch.uint8)
-        scales.append(grid.scale)
-        zeros.append(grid.zero)
+        grids.append(grid)
         if mask is not None:
             outliers.append(Outliers.gather(mask, part - scale * (part_codes - zero)))
-    grid = Grid(torch.cat(scales), torch.cat(zeros), spec)
-    return QTensor(codes, grid, Outliers.concatenate(outliers) if outliers else None)
+    return QTensor(codes, Grid.concatenate(grids), Outliers.concatenate(outliers) if outliers else None)
 
 
 __all__ = ["CHUNK_WEIGHTS", "Nearest", "quantize_nearest", "row_chunks"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from bitwright.numeric.grid import decode, encode, group_rows
@@ -21,21 +21,18 @@ from bitwright.numeric.settings import Settings
 from bitwright.numeric.spec import WeightSpec
 from bitwright.ranges import minmax
 
-DEFAULT_SHARE = 0.005
 _MINMAX = minmax.Minmax()
 
 
 class Obs(Settings):
     """Keep the weights that gain most by it, as SpQR does.
 
-    Give one of:
+    What is kept, the first that is given:
 
     - `threshold`: SpQR's relative threshold; a weight is kept when its gain is above `threshold` times the mean
       over columns of `variance(weights of the column) / U_jj**2`. The paper uses 0.1 to 0.45.
-    - `share`: this share of each tensor's weights.
     - `loss`: an absolute gain, the same for all tensors.
-
-    None of them: the share that the recipe's `bits_per_weight` leaves room for, else 0.5 %.
+    - `share`: this share of each tensor's weights. A recipe's `bits_per_weight` takes its place.
 
     Weights of large gain do not shape their group's grid. Which are kept is decided once more when their column
     is reached, by their own error after compensation, as in the paper. `simplified`: all weights shape the grid,
@@ -45,17 +42,15 @@ class Obs(Settings):
 
     name: Literal["obs"] = "obs"
     threshold: float | None = Field(default=None, ge=0)
-    share: float | None = Field(default=None, ge=0, le=1)
     loss: float | None = Field(default=None, ge=0)
+    share: float = Field(default=0.005, ge=0, le=1)
     simplified: bool = False
     value_bits: Literal[8, 16] = 16
 
-    @model_validator(mode="after")
-    def _one_limit(self) -> Obs:
-        given = [name for name in ("threshold", "share", "loss") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"outliers: give one of threshold, share and loss, not {' and '.join(given)}")
-        return self
+    @property
+    def keeps_a_share(self) -> bool:
+        """Whether the limit is whatever keeps a given share of the weights."""
+        return self.threshold is None and self.loss is None
 
 
 def leave_one_out(weight: Tensor, importance: Tensor, spec: WeightSpec) -> Tensor:
@@ -98,13 +93,13 @@ def loss_limit(losses: Tensor, weight: Tensor, importance: Tensor, policy: Obs) 
 
     `losses` [out, in] are gains or squared errors over `U_jj**2`; `importance` [in] is `1 / U_jj**2`.
     """
-    if policy.loss is not None:
-        return policy.loss
     if policy.threshold is not None:
         # SpQR: relative to the loss of replacing a typical weight by its column's mean.
         variance = weight.var(dim=0) if weight.shape[0] > 1 else torch.zeros_like(importance)
         return policy.threshold * float((variance * importance).mean())
-    keep = round((DEFAULT_SHARE if policy.share is None else policy.share) * losses.numel())
+    if policy.loss is not None:
+        return policy.loss
+    keep = round(policy.share * losses.numel())
     if keep == 0:
         return torch.inf
     if keep == losses.numel():
