@@ -74,9 +74,11 @@ def test_public_names_are_pinned() -> None:
 
     assert sorted(bitwright.__all__) == [
         "BitwrightError",
+        "CalibrationError",
         "CheckpointError",
         "EvalOptions",
         "EvaluationError",
+        "FallbackError",
         "FormatError",
         "Inspection",
         "Method",

@@ -56,6 +56,7 @@ def test_the_artefact_is_complete_loads_and_counts_its_bits(finished: tuple[str,
     quantized = [r for r in found.manifest["tensors"] if r["action"] == "quantize"]
     assert len(quantized) == 14
     assert all(not r["fallbacks"] and r["dead_columns"] == 0 for r in quantized)
+    assert all(r["calibration_tokens"] == 6 * 64 for r in quantized)
     # (13) bits per weight are bytes on disk, tensor by tensor
     stored = [load_file(path) for path in out.glob("*.safetensors")]
     for record in quantized:

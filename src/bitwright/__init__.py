@@ -11,8 +11,10 @@ Importing bitwright also teaches `transformers` to load what it makes:
 from bitwright.__about__ import __version__
 from bitwright.errors import (
     BitwrightError,
+    CalibrationError,
     CheckpointError,
     EvaluationError,
+    FallbackError,
     FormatError,
     PlanError,
     RecipeError,
@@ -32,9 +34,11 @@ register()
 
 __all__ = [
     "BitwrightError",
+    "CalibrationError",
     "CheckpointError",
     "EvalOptions",
     "EvaluationError",
+    "FallbackError",
     "FormatError",
     "Inspection",
     "Method",
