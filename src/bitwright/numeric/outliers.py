@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -182,9 +182,6 @@ class NSigma(Settings):
     n: float = Field(default=3.0, gt=0)
     scope: Literal["tensor", "channel"] = "tensor"
     max_share: float = Field(default=0.01, ge=0, le=1)
-
-
-OutlierPolicy = Annotated[NoOutliers | NSigma, Field(discriminator="name")]
 
 
 @dataclass(frozen=True)
