@@ -79,8 +79,26 @@ def test_mse_lands_within_a_percent_of_an_exhaustive_search() -> None:
     assert found <= 1.015 * best.sum()
 
 
+def test_the_papers_gradient_is_that_of_finite_differences() -> None:
+    """Invariant 12: 2 * sum (Q - w) * code, the clamped code, wherever no weight lies on a tie."""
+    weights, step = groups(8, 32).double(), 1e-9
+    scale = weights.abs().amax(dim=1, keepdim=True) / 10  # so that some weights are clamped
+
+    def codes(at: torch.Tensor) -> torch.Tensor:
+        return torch.round(weights / at).clamp(-7, 8)
+
+    def loss(at: torch.Tensor) -> torch.Tensor:
+        return (at * codes(at) - weights).square().sum(dim=1)
+
+    assert torch.equal(codes(scale - step), codes(scale + step))  # no tie in between
+    assert bool((codes(scale).abs() >= 7).any())
+    gradient = (2 * (scale * codes(scale) - weights) * codes(scale)).sum(dim=1)
+    numeric = (loss(scale + step) - loss(scale - step)) / (2 * step)
+    torch.testing.assert_close(gradient, numeric, rtol=1e-4, atol=1e-6)
+
+
 def test_adam_is_the_papers_adam() -> None:
-    """Our written-out Adam equals torch.optim.Adam on the paper's gradient."""
+    """Our written-out Adam equals torch.optim.Adam on the paper's gradient, which the test above checks."""
     weights = groups(8, 32)
     spec = WeightSpec(bits=4, symmetric=True)
     scale, _ = RANGES[MseAdam](weights, None, None, spec, MseAdam(learning_rate=1e-3, steps=100))
