@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,9 +84,7 @@ def test_a_finished_job_is_left_alone_and_another_is_refused(finished: Path, tin
 
 def test_a_finished_job_of_other_weights_is_refused(finished: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    source.mkdir()
-    for path in tiny_llama_folder.iterdir():
-        (source / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(tiny_llama_folder, source)
     weights = load_file(source / "model.safetensors")
     weights["model.norm.weight"][0] += 1  # a fine-tuned sibling: same names, same shapes
     save_file(weights, source / "model.safetensors")
@@ -150,9 +149,7 @@ def test_a_changed_job_is_refused_not_mixed(
     tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     source = tmp_path / "source"
-    source.mkdir()
-    for path in tiny_llama_folder.iterdir():
-        (source / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(tiny_llama_folder, source)
     with monkeypatch.context() as patch:
         interrupt_after(1, patch)
         with pytest.raises(Stop):
@@ -198,9 +195,7 @@ def test_nan_and_inf_are_refused_with_the_tensors_name(
     tiny_llama_folder: Path, tmp_path: Path, bad: float, tensor: str
 ) -> None:
     source = tmp_path / "source"
-    source.mkdir()
-    for path in tiny_llama_folder.iterdir():
-        (source / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(tiny_llama_folder, source)
     weights = load_file(source / "model.safetensors")
     weights[tensor].view(-1)[3] = bad
     save_file(weights, source / "model.safetensors")
@@ -211,9 +206,7 @@ def test_nan_and_inf_are_refused_with_the_tensors_name(
 
 def test_truncated_shards_are_refused_before_any_work(tiny_llama_folder: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    source.mkdir()
-    for path in tiny_llama_folder.iterdir():
-        (source / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(tiny_llama_folder, source)
     shard = source / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="truncated"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,9 +122,7 @@ def test_float_inputs_come_from_the_float_model(tiny_llama_folder: Path, text_fi
 
 def test_14_inputs_that_are_always_zero_are_reported(tiny_llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    source.mkdir()
-    for path in tiny_llama_folder.iterdir():
-        (source / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(tiny_llama_folder, source)
     weights = load_file(source / "model.safetensors")
     weights["model.layers.1.post_attention_layernorm.weight"].zero_()
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})

@@ -81,10 +81,10 @@ class Walk:
                 hessians = self._hessians(unit.block, block, stream, linears)
             for name in stage:
                 row = rows.pop(f"{name}.weight")
-                hessian = hessians.get(name)
-                outcome = process_row(row, *tensors.pop(row.tensor), None if hessian is None else hessian.mean)
+                hessian, tokens = hessians.get(name, (None, 0))
+                outcome = process_row(row, *tensors.pop(row.tensor), hessian)
                 if hessian is not None:
-                    outcome.record["calibration_tokens"] = hessian.tokens
+                    outcome.record["calibration_tokens"] = tokens
                 self.watch.add(outcome.seconds)
                 self._install(block, unit, decoded_tensors([row], outcome.parts, [outcome.record]))
                 yield row, outcome
@@ -133,8 +133,10 @@ class Walk:
         adapter = self.plan.adapter
         return adapter.shared_inputs if self.inputs.sequential else (adapter.linears,)
 
-    def _hessians(self, index: int, block: nn.Module, stream: Stream, linears: Sequence[str]) -> dict[str, Hessian]:
-        """The Hessian of each of `linears`; linears that share inputs share it."""
+    def _hessians(
+        self, index: int, block: nn.Module, stream: Stream, linears: Sequence[str]
+    ) -> dict[str, tuple[Tensor, int]]:
+        """The Hessian [in, in] of each of `linears` and its tokens; linears that share inputs share the very tensor."""
         if not linears or self._runner is None:
             return {}
         self.say(f"Hessians of block {index}: {', '.join(name.rpartition('.')[2] for name in linears)}")
@@ -150,7 +152,8 @@ class Walk:
             for leader, hessian in sums.items():
                 members = [name for name in linears if leaders[name] == leader]
                 hessian.update(captured.inputs[leader], weights=self._batch_weights(index, members, number))
-        return {name: sums[leaders[name]] for name in linears}
+        means = {leader: (hessian.mean, hessian.tokens) for leader, hessian in sums.items()}
+        return {name: means[leaders[name]] for name in linears}
 
     def _batch_weights(self, index: int, linears: Iterable[str], number: int) -> Tensor | None:
         """Of the tokens of batch `number`, [tokens]: what the loss cares about the outputs of `linears` together."""
