@@ -16,12 +16,15 @@ from bitwright.errors import CalibrationError, EvaluationError, FallbackError, P
 
 TEXT = " ".join(f"The quick brown fox {n} jumps over the lazy dog, and the dog {n * n} sleeps on." for n in range(300))
 SMALL = ("calibration.windows=6", "calibration.window_tokens=64")
+# id: method, scheme, settings
 METHODS = {
-    "gptq": ("w4a16g32", ()),
-    "gptq-paper": ("w4a16g32", ()),
-    "spqr": ("w3a16", ("bits_per_weight=4.2",)),
-    "spqr-near-lossless": ("w4a16", ()),
-    "spqr-paper": ("w3a16", ()),
+    "gptq": ("gptq", "w4a16g32", ()),
+    "gptq-corrected": ("gptq", "w4a16g32", ("inputs.correction=0.5", "rounding.refit=true", "rounding.sweeps=1")),
+    "gptq-paper": ("gptq-paper", "w4a16g32", ()),
+    "spqr": ("spqr", "w3a16", ("bits_per_weight=4.2",)),
+    "spqr-model-wide": ("spqr", "w3a16", ("bits_per_weight=4.2", "outliers.scope=model")),
+    "spqr-near-lossless": ("spqr-near-lossless", "w4a16", ()),
+    "spqr-paper": ("spqr-paper", "w3a16", ()),
 }
 
 
@@ -32,8 +35,8 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def recipe(method: str, text: Path, *more: str) -> bitwright.Recipe:
-    scheme, settings = METHODS[method]
+def recipe(name: str, text: Path, *more: str) -> bitwright.Recipe:
+    method, scheme, settings = METHODS[name]
     return bitwright.load_recipe(method, scheme, None, [*SMALL, f'calibration.text="{text}"', *settings, *more])
 
 
@@ -49,7 +52,7 @@ def finished(request, tiny_llama_folder: Path, text_file: Path, tmp_path_factory
 
 
 def test_the_artefact_is_complete_loads_and_counts_its_bits(finished: tuple[str, Path], text_file: Path) -> None:
-    _, out = finished
+    name, out = finished
     found = bitwright.inspect(out, verify=True)
     assert found.complaints == []
     loaded = load_model(str(out))
@@ -66,7 +69,9 @@ def test_the_artefact_is_complete_loads_and_counts_its_bits(finished: tuple[str,
         assert nbytes == record["bytes"]
     wanted = found.manifest["recipe"]["bits_per_weight"]
     if wanted is not None:
-        assert found.bits_per_weight == pytest.approx(wanted, abs=0.05)
+        # tensors this small meet their share in steps, and one limit for all gives them very unlike shares
+        slack = 0.1 if name == "spqr-model-wide" else 0.05
+        assert found.bits_per_weight == pytest.approx(wanted, abs=slack)
     with pytest.raises(EvaluationError, match="overlap"):
         bitwright.eval(str(out), text=text_file, options=bitwright.EvalOptions(windows=2, length=128))
 
@@ -160,6 +165,9 @@ def test_the_model_can_be_its_own_text(tiny_llama_folder: Path, tmp_path: Path) 
         (("rounding.groups=updated", "rounding.order=activation"), "scatters groups"),
         (("inputs.stream=float",), "sequential"),
         (("rounding.name=nearest",), "need rounding 'gptq'"),
+        (("rounding.refit=true",), "scales of one level"),
+        (("inputs.stream=float", "inputs.sequential=false", "inputs.correction=0.5"), "needs stream='quantized'"),
+        (("outliers.threshold=0.1", "outliers.scope=model"), "leave out threshold"),
     ],
 )
 def test_impossible_recipes_are_refused(

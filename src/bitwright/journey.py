@@ -7,12 +7,13 @@ tensor is next and where its bytes go. Calibrated ones bring the Hessian of the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitwright.calibration.hessians import Evidence
 from bitwright.checkpoint.shard import tensor_sha256
 from bitwright.checkpoint.source import Source
 from bitwright.errors import FormatError, WeightError
@@ -20,6 +21,7 @@ from bitwright.formats.native import TensorEntry, pack, unpack
 from bitwright.numeric.measure import sqnr_db, squared_error
 from bitwright.numeric.outliers import NoOutliers, NSigma
 from bitwright.numeric.qtensor import QTensor
+from bitwright.rounding.correction import corrected
 from bitwright.rounding.gptq import Gptq, Rounded, quantize_gptq
 from bitwright.rounding.nearest import CHUNK_WEIGHTS, quantize_nearest, row_chunks
 from bitwright.rows import Row
@@ -57,8 +59,8 @@ def read_row(source: Source, row: Row) -> tuple[Tensor | None, Record]:
     return tensor, record | {"source_sha256": tensor_sha256(tensor)}
 
 
-def process_row(row: Row, tensor: Tensor | None, record: Record, hessian: Tensor | None = None) -> Outcome:
-    """One tensor from its values to what is stored; `hessian` [in, in] is that of its inputs.
+def process_row(row: Row, tensor: Tensor | None, record: Record, evidence: Evidence | None = None) -> Outcome:
+    """One tensor from its values to what is stored; `evidence` is what calibration tells of its inputs.
 
     Raises:
         WeightError: it holds NaN or Inf, or does not fit its stored types.
@@ -70,7 +72,7 @@ def process_row(row: Row, tensor: Tensor | None, record: Record, hessian: Tensor
         if row.action == "keep":
             parts, details, seconds = *_keep(tensor, row), {}
         else:
-            rounded = _round(tensor, row, hessian)
+            rounded = _round(tensor, row, evidence)
             parts, details = _pack(tensor, row, rounded)
             seconds = rounded.seconds
     except WeightError as error:
@@ -132,15 +134,19 @@ def _pack(weight: Tensor, row: Row, rounded: Rounded) -> tuple[dict[str, Tensor]
     return {f"{row.module}.{name}": part for name, part in parts.items()}, details | rounded.details
 
 
-def _round(weight: Tensor, row: Row, hessian: Tensor | None) -> Rounded:
+def _round(weight: Tensor, row: Row, evidence: Evidence | None) -> Rounded:
     """Codes, grid and outliers as the row's method chooses them."""
     assert row.spec is not None
     assert row.method is not None
     method = row.method
     if isinstance(method.rounding, Gptq):
-        if hessian is None:
-            raise ValueError(f"{row.tensor}: {method.name} needs the Hessian of its inputs")
-        return quantize_gptq(weight, hessian, row.spec, method.range, method.outliers, method.rounding)
+        if evidence is None:
+            raise ValueError(f"{row.tensor}: {method.name} needs to know its inputs")
+        settings, correction = method.rounding, method.inputs.correction
+        if evidence.cross is not None:
+            weight = corrected(weight, evidence.hessian, evidence.cross, correction, settings.damping)
+        rounded = quantize_gptq(weight, evidence.hessian, row.spec, method.range, method.outliers, settings)
+        return replace(rounded, details=rounded.details | {"calibration_tokens": evidence.tokens})
     assert isinstance(method.outliers, NoOutliers | NSigma)  # refused by the recipe
     return Rounded(quantize_nearest(weight, None, row.spec, method.range, method.outliers))
 

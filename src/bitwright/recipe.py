@@ -90,14 +90,19 @@ class Inputs(Settings):
       before it has done; else all of them see the block as it was.
     - `weighting`: `gradient` weighs each token by what the model's loss cares about the linear's output there
       (see `calibration.gradients`), `uniform` counts tokens alike, as GPTQ and SpQR do.
+    - `correction`: the share, 0 to 1, by which targets are corrected for the difference between the inputs that
+      linears get and those of the float model (see `rounding.correction`); takes a second stream.
     """
 
     stream: Literal["quantized", "float"] = "quantized"
     sequential: bool = True
     weighting: Literal["uniform", "gradient"] = "uniform"
+    correction: float = Field(default=0.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _float_inputs_do_not_change(self) -> Inputs:
+        if self.stream == "float" and self.correction:
+            raise ValueError("float inputs do not differ from the float model's; correction needs stream='quantized'")
         if self.stream == "float" and self.sequential:
             raise ValueError(
                 "float inputs do not depend on what was rounded before; stream='float' needs sequential=false"
@@ -131,6 +136,8 @@ class Method(Settings):
         if isinstance(self.outliers, Obs) and not self.calibrated:
             raise ValueError("outliers 'obs' are chosen by the Hessian; they need rounding 'gptq'")
         updated = isinstance(self.rounding, Gptq) and self.rounding.groups == "updated"
+        if isinstance(self.rounding, Gptq) and self.rounding.refit and self.bilevel is not None:
+            raise ValueError("rounding.refit needs scales of one level; two-level ones are refined before rounding")
         if updated and self.bilevel is not None and self.bilevel.axis == "column":
             raise ValueError("rounding.groups='updated' fits group by group; bilevel.axis='column' needs whole rows")
         return self

@@ -9,18 +9,18 @@ that an earlier run has finished is replayed from its shard, so a resumed job se
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from bitwright.calibration.blocks import BlockRunner
-from bitwright.calibration.capture import group_inputs
 from bitwright.calibration.gradients import TokenWeights, token_weights
-from bitwright.calibration.statistics import Hessian
+from bitwright.calibration.hessians import HessianPass, Reference
 from bitwright.calibration.stream import Stream
-from bitwright.checkpoint.shard import read_shard, write_shard
+from bitwright.checkpoint.shard import read_shard, write_shard, write_text
 from bitwright.checkpoint.source import Source
 from bitwright.execute.stopwatch import Stopwatch
 from bitwright.formats import layout
@@ -29,6 +29,7 @@ from bitwright.journey import Outcome, Record, process_row, stored_entry
 from bitwright.plan import Plan
 from bitwright.recipe import Inputs
 from bitwright.rows import Row, Unit
+from bitwright.shares import model_wide_shares, spends_model_wide, with_share
 
 Values = Iterator[tuple[Tensor | None, Record]]
 
@@ -51,7 +52,9 @@ class Walk:
         self._stored: dict[str, Tensor] = {}
         self._runner: BlockRunner | None = None
         self._stream: Stream | None = None
+        self._float: Stream | None = None
         self._weights: TokenWeights | None = None
+        self._shares: dict[str, float] = {}
         self.watch = Stopwatch()
 
     def before_blocks(self, unit: Unit, parts: Mapping[str, Tensor], records: Iterable[Record]) -> None:
@@ -64,6 +67,8 @@ class Walk:
         runner, stream = self._start()
         self.say(f"replaying {unit.label}")
         block = runner.block(unit.block)
+        if self._float is not None:
+            runner.advance(unit.block, block, self._float)
         self._install(block, unit, decoded_tensors(unit.rows, parts, records))
         runner.advance(unit.block, block, stream)
 
@@ -72,19 +77,20 @@ class Walk:
         assert unit.block is not None
         runner, stream = self._start()
         block = runner.block(unit.block)
+        reference = None if self._float is None else Reference(deepcopy(block), self._float)
         tensors = {row.tensor: next(values) for row in unit.rows}
         prefix = self.plan.adapter.block_prefix(unit.block)
         rows = {row.tensor.removeprefix(prefix): row for row in unit.rows}
+        gathering = HessianPass(runner, self._weights)
         for stage in self._stages():
             linears = [name for name in stage if rows[f"{name}.weight"].calibrated]
+            if linears:
+                self.say(f"Hessians of block {unit.block}: {', '.join(name.rpartition('.')[2] for name in linears)}")
             with self.watch.phase("Hessians and forwards"):
-                hessians = self._hessians(unit.block, block, stream, linears)
+                evidence = gathering.gather(unit.block, block, stream, linears, reference)
             for name in stage:
-                row = rows.pop(f"{name}.weight")
-                hessian, tokens = hessians.get(name, (None, 0))
-                outcome = process_row(row, *tensors.pop(row.tensor), hessian)
-                if hessian is not None:
-                    outcome.record["calibration_tokens"] = tokens
+                row = self._with_own_share(rows.pop(f"{name}.weight"))
+                outcome = process_row(row, *tensors.pop(row.tensor), evidence.get(name))
                 self.watch.add(outcome.seconds)
                 self._install(block, unit, decoded_tensors([row], outcome.parts, [outcome.record]))
                 yield row, outcome
@@ -94,24 +100,33 @@ class Walk:
             yield row, outcome
         with self.watch.phase("forwards to the next block"):
             runner.advance(unit.block, block, stream)
+            if reference is not None:
+                runner.advance(unit.block, reference.block, reference.stream)
 
     def __enter__(self) -> Walk:
         """Itself; leaving frees the stream."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Free the stream."""
-        if self._stream is not None:
-            self._stream.close()
+        """Free the streams."""
+        for stream in (self._stream, self._float):
+            if stream is not None:
+                stream.close()
 
     def _start(self) -> tuple[BlockRunner, Stream]:
         """The runner and the inputs of the next block, made when the first block is reached."""
         if self._runner is None or self._stream is None:
             adapter = self.plan.adapter
+            runner = BlockRunner(self.source, adapter, self.ids)
             if self.inputs.weighting == "gradient":
                 with self.watch.phase("gradients"):
-                    self._weights = self._token_weights(BlockRunner(self.source, adapter, self.ids))
+                    self._weights = self._token_weights(runner)
+            if any(spends_model_wide(row) for row in self.plan.rows()):
+                with self.watch.phase("outliers of the whole model"):
+                    self._shares = self._outlier_shares(runner)
             self.say("running what precedes the blocks")
+            if self.inputs.correction:
+                self._float = runner.first_inputs(folder=self.folder)
             stored = self._stored if self.inputs.stream == "quantized" else {}
             self._runner = BlockRunner(_Overlay(self.source, stored), adapter, self.ids)
             self._stream = self._runner.first_inputs(folder=self.folder)
@@ -129,39 +144,22 @@ class Walk:
         write_shard(path, named, {"format": "pt"})
         return weights
 
+    def _outlier_shares(self, runner: BlockRunner) -> dict[str, float]:
+        """Read those of an interrupted run, or find and keep them."""
+        path = self.folder / "outlier_shares.json"
+        if path.exists():
+            return {str(name): float(share) for name, share in json.loads(path.read_text(encoding="utf-8")).items()}
+        shares = model_wide_shares(runner, self.plan, self._weights, self.folder, self.say)
+        write_text(path, json.dumps(shares, indent=1))
+        return shares
+
+    def _with_own_share(self, row: Row) -> Row:
+        """The row with the share of outliers that was found for it, where one was."""
+        return with_share(row, self._shares[row.tensor]) if row.tensor in self._shares else row
+
     def _stages(self) -> Sequence[Sequence[str]]:
         adapter = self.plan.adapter
         return adapter.shared_inputs if self.inputs.sequential else (adapter.linears,)
-
-    def _hessians(
-        self, index: int, block: nn.Module, stream: Stream, linears: Sequence[str]
-    ) -> dict[str, tuple[Tensor, int]]:
-        """The Hessian [in, in] of each of `linears` and its tokens; linears that share inputs share the very tensor."""
-        if not linears or self._runner is None:
-            return {}
-        self.say(f"Hessians of block {index}: {', '.join(name.rpartition('.')[2] for name in linears)}")
-        groups = [[name for name in group if name in linears] for group in self.plan.adapter.shared_inputs]
-        sums = {
-            group[0]: Hessian(block.get_parameter(f"{group[0]}.weight").shape[1], name=f"{group[0]} of block {index}")
-            for group in groups
-            if group
-        }
-        leaders = {name: group[0] for group in groups for name in group}
-        for number, hidden in enumerate(stream):
-            captured = group_inputs(self._runner, index, block, hidden, linears)
-            for leader, hessian in sums.items():
-                members = [name for name in linears if leaders[name] == leader]
-                hessian.update(captured.inputs[leader], weights=self._batch_weights(index, members, number))
-        means = {leader: (hessian.mean, hessian.tokens) for leader, hessian in sums.items()}
-        return {name: means[leaders[name]] for name in linears}
-
-    def _batch_weights(self, index: int, linears: Iterable[str], number: int) -> Tensor | None:
-        """Of the tokens of batch `number`, [tokens]: what the loss cares about the outputs of `linears` together."""
-        if self._weights is None or self._runner is None:
-            return None
-        size = self._runner.batch
-        together = torch.stack([self._weights[(index, name)] for name in linears]).sum(dim=0)
-        return together[number * size : (number + 1) * size].flatten()
 
     def _install(self, block: nn.Module, unit: Unit, values: Mapping[str, Tensor]) -> None:
         """Put stored values in the place of the block's own, unless the stream is that of the float model."""

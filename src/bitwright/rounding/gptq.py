@@ -33,6 +33,7 @@ from bitwright.numeric.spec import WeightSpec
 from bitwright.ranges import Hqq, Minmax, Mse, MseAdam, fit_grid
 from bitwright.rounding.columns import ColumnGrid, refine_codes, round_columns
 from bitwright.rounding.factor import Factor, Order, factorize
+from bitwright.rounding.rescale import refit_scales
 from bitwright.rounding.sensitivity import Obs, leave_one_out, loss_limit
 
 NEAREST = "rounded to nearest"
@@ -46,7 +47,7 @@ class Gptq(Settings):
     what weighs squared errors when a range searches: `hessian` is its diagonal, `inverse` is `1 / U_jj**2`.
     `block`: columns between two matrix products; no matter for the result. `sweeps`: of coordinate descent over the
     finished codes (CDQuant, Nair and Suggala 2024, section 3), which lowers the layer's objective and hardly moved
-    the model's (see LOG.md).
+    the model's (see LOG.md). `refit`: scales are refitted to the finished codes (see `rescale`).
     """
 
     name: Literal["gptq"] = "gptq"
@@ -56,6 +57,7 @@ class Gptq(Settings):
     importance: Literal["none", "hessian", "inverse"] = "hessian"
     block: int = Field(default=128, ge=1)
     sweeps: int = Field(default=0, ge=0)
+    refit: bool = False
 
     @model_validator(mode="after")
     def _updated_groups_stay_together(self) -> Gptq:
@@ -96,6 +98,10 @@ def quantize_gptq(
         if job.aims_at_a_share:
             codes, target, error, mask = job.run_again(codes, target)
     grid = job.grid()
+    if settings.refit:
+        with job.watch.phase("scales after rounding"):
+            left = torch.where(mask, job.weight - target, job.weight)
+            grid = refit_scales(codes, grid, left, job.damped(hessian), mask)
     outliers = None
     if not isinstance(policy, NoOutliers):
         value_bits = policy.value_bits if isinstance(policy, Obs) else 16
@@ -105,7 +111,9 @@ def quantize_gptq(
     q = QTensor(codes, grid, outliers)
     if settings.sweeps:
         with job.watch.phase("coordinate descent"):
-            q, loss = job.refined(q, hessian, mask)
+            q = job.refined(q, hessian, mask)
+    if settings.sweeps or settings.refit:
+        loss = job.objective(q, hessian)
     details = {"damping": job.factor.damping, "dead_columns": job.factor.dead, "loss": loss}
     return Rounded(q, _fallbacks(job.factor), details, job.watch.seconds)
 
@@ -224,17 +232,25 @@ class _Job:
         natural = torch.argsort(order)
         return codes[:, natural], work[:, natural], error, outlier[:, natural]
 
-    def refined(self, q: QTensor, hessian: Tensor, frozen: Tensor) -> tuple[QTensor, float]:
-        """`q` after coordinate descent on its codes, all but the `frozen` ones, and the objective that is left."""
+    def damped(self, hessian: Tensor) -> Tensor:
+        """The Hessian of the objective, float32 [in, in] by natural column."""
         damped = hessian.float().clone()
         damped.diagonal().add_(self.factor.damping * damped.diagonal().mean())
+        return damped
+
+    def objective(self, q: QTensor, hessian: Tensor) -> float:
+        """tr(D H D^T) for the damped Hessian and the change D of weights that `q` makes."""
+        left = (self.weight - q.dequantize()).double()
+        return float((left @ self.damped(hessian).double() * left).sum())
+
+    def refined(self, q: QTensor, hessian: Tensor, frozen: Tensor) -> QTensor:
+        """`q` after coordinate descent on its codes, all but the `frozen` ones."""
+        damped = self.damped(hessian)
         group = torch.arange(self.weight.shape[1], dtype=torch.int32) // self.width
         columns = ColumnGrid(q.grid.scale, q.grid.zero, group, self.spec.max_code)
         residual = self.weight - q.dequantize()
         codes = refine_codes(q.codes, residual, damped, columns, frozen, self.settings.sweeps)
-        refined = QTensor(codes, q.grid, q.outliers)
-        left = (self.weight - refined.dequantize()).double()
-        return refined, float((left @ damped.double() * left).sum())
+        return QTensor(codes, q.grid, q.outliers)
 
     def _blocks(self) -> list[slice]:
         """Slices of the processing order; one group each when grids are fitted on the way."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from bitwright.numeric.grid import decode, encode, group_rows
@@ -37,7 +37,8 @@ class Obs(Settings):
     Weights of large gain do not shape their group's grid. Which are kept is decided once more when their column
     is reached, by their own error after compensation, as in the paper. `simplified`: all weights shape the grid,
     and only the second test is made (the paper's ablation). `value_bits`: 16 stores residuals in float16, 8 as
-    multiples of a step per row.
+    multiples of a step per row. `scope="model"`: the share is of all tensors together, and each keeps what one
+    limit for all of them makes worth it (see `shares`); takes another pass over the model.
     """
 
     name: Literal["obs"] = "obs"
@@ -46,6 +47,13 @@ class Obs(Settings):
     share: float = Field(default=0.005, ge=0, le=1)
     simplified: bool = False
     value_bits: Literal[8, 16] = 16
+    scope: Literal["tensor", "model"] = "tensor"
+
+    @model_validator(mode="after")
+    def _scope_is_of_a_share(self) -> Obs:
+        if self.scope == "model" and not self.keeps_a_share:
+            raise ValueError("scope='model' spreads a share over tensors; leave out threshold and loss")
+        return self
 
     @property
     def keeps_a_share(self) -> bool:
