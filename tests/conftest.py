@@ -24,7 +24,7 @@ from bitwright.numeric.grid import Grid, group_rows, stored_scale, stored_zero, 
 from bitwright.numeric.outliers import Outliers
 from bitwright.numeric.qtensor import QTensor
 from bitwright.numeric.spec import WeightSpec
-from bitwright.ranges import Minmax, fit_grid
+from bitwright.ranges import Minmax, Ranging, fit_grid
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TINY_TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on in the afternoon sun. " * 4
@@ -159,7 +159,7 @@ def _random_levels(zero: Tensor, spec: WeightSpec, random: torch.Generator) -> G
 def minmax_qtensor(weight: Tensor, spec: WeightSpec, outlier_share: float = 0.0, value_bits: int = 16) -> QTensor:
     """`weight` rounded to a min-max grid; the worst `outlier_share` of the weights kept as outliers."""
     weight = weight.detach().float()
-    grid = _minmax_grid(weight, spec) if spec.bilevel is None else fit_grid(weight, None, None, spec, Minmax())
+    grid = _minmax_grid(weight, spec) if spec.bilevel is None else fit_grid(weight, None, None, Ranging(spec, Minmax()))
     codes = grid.encode(weight)
     residual = weight - grid.decode(codes)
     if not outlier_share:

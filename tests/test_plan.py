@@ -63,7 +63,7 @@ def test_all_refusals_come_at_once(tiny_llama_folder: Path, tmp_path: Path) -> N
     text = """
     rules = [
       {match = "*.q_proj", method = "rtn", scheme = "w4a16g1024"},
-      {match = "*.k_proj", method = "rtn", scheme = "w4a8"},
+      {match = "*.k_proj", method = "rtn", scheme = "w4a12"},
       {match = "*.nonsense", keep = true},
     ]
     """
@@ -71,7 +71,7 @@ def test_all_refusals_come_at_once(tiny_llama_folder: Path, tmp_path: Path) -> N
         make_plan(HuggingFaceSource(tiny_llama_folder), recipe(tmp_path, text))
     message = str(caught.value)
     assert "groups of 1024 are wider than its 64 inputs" in message
-    assert "8-bit activations" in message
+    assert "12-bit activations" in message
     assert "'*.nonsense' matches no linear" in message
     assert "model.layers.0.mlp.down_proj is claimed by no rule" in message
 

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from bitwright.errors import RecipeError
-from bitwright.recipe import Recipe, Scheme, load_method, load_recipe, method_names, weight_spec
+from bitwright.method import load_method, method_names, weight_spec
+from bitwright.recipe import Recipe, load_recipe
+from bitwright.scheme import Scheme
 
 
 @pytest.mark.parametrize("text", ["w4a16g64", "w3a16", "w8a16g128-sym", "w2a16g16-asym", "w4a8kv4g32", "w4a16kv8"])
@@ -21,12 +23,18 @@ def test_impossible_schemes_are_refused(text: str) -> None:
 
 def test_presets() -> None:
     assert method_names() == [
+        "awq",
         "easyquant",
         "easyquant-paper",
         "gptq",
         "gptq-paper",
         "hqq",
+        "omniquant",
+        "omniquant+gptq",
+        "omniquant+spqr",
+        "omniquant-paper",
         "rtn",
+        "smoothquant",
         "spqr",
         "spqr-near-lossless",
         "spqr-paper",
@@ -34,6 +42,25 @@ def test_presets() -> None:
     for name in method_names():
         assert load_method(name).name == name
         assert load_method(name).summary
+
+
+def test_presets_fit_the_scheme(tmp_path: Path) -> None:
+    def learn(scheme: str) -> tuple[int, bool, str]:
+        method = load_recipe("omniquant-paper", scheme).method
+        assert method is not None
+        assert method.learn is not None
+        return method.learn.epochs, method.learn.augmented, method.transform.name
+
+    assert learn("w3a16g64") == (20, False, "none")
+    assert learn("w2a16g64") == (40, True, "none")
+    assert learn("w6a6") == (20, False, "smooth")
+    # what a user sets comes after
+    assert load_recipe("omniquant-paper", "w2a16", overrides=["learn.epochs=3"]).method.learn.epochs == 3
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        'scheme = "w3a16"\nmethod = "rtn"\n[[rules]]\nmatch = "*"\nscheme = "w2a16"\nmethod = "omniquant-paper"\n'
+    )
+    assert load_recipe(file=path).rules[0].method.learn.epochs == 40
 
 
 @pytest.mark.parametrize("name", ["rtn", "easyquant", "easyquant-paper", "hqq"])

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "columns.hpp"
+#include "matmul.hpp"
 
 namespace nb = nanobind;
 
@@ -88,6 +89,64 @@ void refine_codes(const nb::tuple& tensors, const nb::tuple& grid, const nb::tup
   bitwright::refine_codes(task, how.isa, how.threads);
 }
 
+constexpr const char* MATMUL_ISA_NAMES[] = {"baseline", "avx2", "avx512", "avx512vnni"};
+
+nb::list matmul_isas() {
+  nb::list names;
+  for (int isa = 0; isa <= static_cast<int>(bitwright::best_matmul_isa()); ++isa) names.append(MATMUL_ISA_NAMES[isa]);
+  return names;
+}
+
+// One repacked weight. It owns no memory: Python keeps the tensors alive whose addresses it holds.
+class Matrix {
+ public:
+  // sizes: (out, in, group width, bits); kinds: (scale, zero, constant zero); tensors: (codes, scale, zero or 0,
+  // statistics or 0, outlier start or 0, outlier place or 0, outlier value or 0), addresses, `codes` still empty.
+  Matrix(const nb::tuple& sizes, const nb::tuple& kinds, const nb::tuple& tensors, const std::string& isa) {
+    matrix_.out = nb::cast<std::int64_t>(sizes[0]);
+    matrix_.in = nb::cast<std::int64_t>(sizes[1]);
+    matrix_.group_width = nb::cast<std::int64_t>(sizes[2]);
+    matrix_.bits = nb::cast<int>(sizes[3]);
+    matrix_.scale_kind = static_cast<bitwright::ScaleKind>(nb::cast<int>(kinds[0]));
+    matrix_.zero_kind = static_cast<bitwright::ZeroKind>(nb::cast<int>(kinds[1]));
+    matrix_.constant_zero = nb::cast<float>(kinds[2]);
+    matrix_.codes = at<const std::uint8_t>(nb::cast<Address>(tensors[0]));
+    matrix_.scale = at<const void>(nb::cast<Address>(tensors[1]));
+    matrix_.zero = at<const void>(nb::cast<Address>(tensors[2]));
+    matrix_.statistics = at<const std::uint16_t>(nb::cast<Address>(tensors[3]));
+    matrix_.outlier_start = at<const std::int32_t>(nb::cast<Address>(tensors[4]));
+    matrix_.outlier_place = at<const std::uint16_t>(nb::cast<Address>(tensors[5]));
+    matrix_.outlier_value = at<const float>(nb::cast<Address>(tensors[6]));
+    bitwright::complete(matrix_);
+    for (int index = 0; index <= static_cast<int>(bitwright::best_matmul_isa()); ++index) {
+      if (isa == MATMUL_ISA_NAMES[index]) isa_ = static_cast<bitwright::MatmulIsa>(index);
+    }
+    if (isa != MATMUL_ISA_NAMES[static_cast<int>(isa_)]) {
+      throw nb::value_error("the instruction set is not one of matmul_isas()");
+    }
+  }
+
+  // Fills `codes`, the tensor given to the constructor, from int32 words [out, row_words].
+  void repack(Address words, std::int64_t row_words, Address codes, int threads) const {
+    nb::gil_scoped_release released;
+    bitwright::repack_codes(at<const std::uint32_t>(words), row_words, matrix_, at<std::uint8_t>(codes), threads);
+  }
+
+  void multiply(Address x, Address bias, Address y, std::int64_t rows, bool fast, int threads) const {
+    nb::gil_scoped_release released;
+    bitwright::multiply(matrix_, {at<const float>(x), at<const float>(bias), at<float>(y), rows, fast}, isa_, threads);
+  }
+
+  void decode_rows(Address rows, std::int64_t count, Address weights) const {
+    nb::gil_scoped_release released;
+    bitwright::decode_rows(matrix_, at<const std::int64_t>(rows), count, at<float>(weights), isa_);
+  }
+
+ private:
+  bitwright::PackedMatrix matrix_{};
+  bitwright::MatmulIsa isa_ = bitwright::MatmulIsa::baseline;
+};
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -97,4 +156,12 @@ NB_MODULE(_native, module) {
   module.def("isas", &isas);
   module.def("round_columns", &round_columns);
   module.def("refine_codes", &refine_codes);
+  // As INTERFACE, for bitwright.runtime.cpu.
+  module.attr("MATMUL_INTERFACE") = 1;
+  module.def("matmul_isas", &matmul_isas);
+  nb::class_<Matrix>(module, "Matrix")
+      .def(nb::init<const nb::tuple&, const nb::tuple&, const nb::tuple&, const std::string&>())
+      .def("repack", &Matrix::repack)
+      .def("multiply", &Matrix::multiply)
+      .def("decode_rows", &Matrix::decode_rows);
 }

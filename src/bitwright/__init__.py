@@ -25,10 +25,12 @@ from bitwright.evaluate import EvalOptions
 from bitwright.evaluate.quality import eval
 from bitwright.generate import generate
 from bitwright.inspect import Inspection, inspect
+from bitwright.method import Method
 from bitwright.pipeline import RunOptions, Summary, quantize
 from bitwright.plan import Plan, plan
-from bitwright.recipe import Method, Recipe, Rule, Scheme, load_recipe
+from bitwright.recipe import Recipe, Rule, load_recipe
 from bitwright.runtime.huggingface import register
+from bitwright.scheme import Scheme
 
 register()
 

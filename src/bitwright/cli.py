@@ -20,7 +20,7 @@ from bitwright.errors import BitwrightError
 from bitwright.evaluate import EvalOptions
 from bitwright.evaluate.perplexity import Protocol
 from bitwright.machine import estimate
-from bitwright.recipe import load_method, method_names
+from bitwright.method import load_method, method_names
 
 app = typer.Typer(
     no_args_is_help=True,

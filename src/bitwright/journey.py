@@ -21,6 +21,7 @@ from bitwright.formats.native import TensorEntry, pack, unpack
 from bitwright.numeric.measure import sqnr_db, squared_error
 from bitwright.numeric.outliers import NoOutliers, NSigma
 from bitwright.numeric.qtensor import QTensor
+from bitwright.ranges import Clipping, Ranging
 from bitwright.rounding.correction import corrected
 from bitwright.rounding.gptq import Gptq, Rounded, quantize_gptq
 from bitwright.rounding.nearest import CHUNK_WEIGHTS, quantize_nearest, row_chunks
@@ -59,8 +60,16 @@ def read_row(source: Source, row: Row) -> tuple[Tensor | None, Record]:
     return tensor, record | {"source_sha256": tensor_sha256(tensor)}
 
 
-def process_row(row: Row, tensor: Tensor | None, record: Record, evidence: Evidence | None = None) -> Outcome:
-    """One tensor from its values to what is stored; `evidence` is what calibration tells of its inputs.
+def process_row(
+    row: Row,
+    tensor: Tensor | None,
+    record: Record,
+    evidence: Evidence | None = None,
+    clipping: Clipping | None = None,
+) -> Outcome:
+    """One tensor from its values to what is stored.
+
+    `evidence` is what calibration tells of its inputs, `clipping` the shares of ranges that were found for it.
 
     Raises:
         WeightError: it holds NaN or Inf, or does not fit its stored types.
@@ -72,7 +81,7 @@ def process_row(row: Row, tensor: Tensor | None, record: Record, evidence: Evide
         if row.action == "keep":
             parts, details, seconds = *_keep(tensor, row), {}
         else:
-            rounded = _round(tensor, row, evidence)
+            rounded = _round(tensor, row, evidence, clipping)
             parts, details = _pack(tensor, row, rounded)
             seconds = rounded.seconds
     except WeightError as error:
@@ -134,21 +143,21 @@ def _pack(weight: Tensor, row: Row, rounded: Rounded) -> tuple[dict[str, Tensor]
     return {f"{row.module}.{name}": part for name, part in parts.items()}, details | rounded.details
 
 
-def _round(weight: Tensor, row: Row, evidence: Evidence | None) -> Rounded:
+def _round(weight: Tensor, row: Row, evidence: Evidence | None, clipping: Clipping | None) -> Rounded:
     """Codes, grid and outliers as the row's method chooses them."""
     assert row.spec is not None
     assert row.method is not None
-    method = row.method
+    method, ranging = row.method, Ranging(row.spec, row.method.range, clipping)
     if isinstance(method.rounding, Gptq):
         if evidence is None:
             raise ValueError(f"{row.tensor}: {method.name} needs to know its inputs")
         settings, correction = method.rounding, method.inputs.correction
         if evidence.cross is not None:
             weight = corrected(weight, evidence.hessian, evidence.cross, correction, settings.damping)
-        rounded = quantize_gptq(weight, evidence.hessian, row.spec, method.range, method.outliers, settings)
+        rounded = quantize_gptq(weight, evidence.hessian, ranging, method.outliers, settings)
         return replace(rounded, details=rounded.details | {"calibration_tokens": evidence.tokens})
     assert isinstance(method.outliers, NoOutliers | NSigma)  # refused by the recipe
-    return Rounded(quantize_nearest(weight, None, row.spec, method.range, method.outliers))
+    return Rounded(quantize_nearest(weight, None, ranging, method.outliers))
 
 
 def _measure(weight: Tensor, decoded: QTensor) -> float | None:

@@ -36,10 +36,10 @@ from bitwright.checkpoint.source import Source
 from bitwright.errors import FallbackError, FormatError, ResumeError
 from bitwright.execute.local import ahead, default_workers, torch_threads
 from bitwright.execute.memory import peak_rss_bytes
-from bitwright.formats.native import FORMAT_VERSION, quantization_config
+from bitwright.formats.native import FORMAT_VERSION, Sites, quantization_config
 from bitwright.journey import Outcome, Record, process_row, read_row, stored_entry
 from bitwright.machine import Estimate, check_machine, estimate
-from bitwright.plan import Plan, make_plan
+from bitwright.plan import Plan, make_plan, rotated_as_asked
 from bitwright.recipe import Recipe, as_recipe
 from bitwright.rounding.gptq import NEAREST
 from bitwright.rows import Row, Unit
@@ -138,8 +138,9 @@ def quantize(
     """
     started = time.perf_counter()
     out = Path(out)
-    source = open_source(model)
-    plan = make_plan(source, as_recipe(recipe, method, scheme))
+    resolved = as_recipe(recipe, method, scheme)
+    source = rotated_as_asked(open_source(model), resolved)
+    plan = make_plan(source, resolved)
     windows = _calibration(source, plan)
     job = _job(source, plan, windows)
     if out.exists():
@@ -338,11 +339,13 @@ def _remove_strangers(folder: Path, shards: set[str]) -> None:
 
 
 def _quantization_config(plan: Plan, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What config.json says of the result."""
     details = {record["tensor"]: record for record in records}
-    entries = {
-        row.module: stored_entry(row, dict(details[row.tensor])) for row in plan.rows() if row.action == "quantize"
-    }
-    config = quantization_config(entries)
+    rows = [row for row in plan.rows() if row.action == "quantize"]
+    entries = {row.module: stored_entry(row, dict(details[row.tensor])) for row in rows}
+    sites = {row.module: row.input_site(details[row.tensor].get("input_range")) for row in rows}
+    inputs = {module: site for module, site in sites.items() if site is not None}
+    config = quantization_config(entries, sites=Sites(inputs, plan.kv_cache))
     if plan.tied_head is not None:
         config["tied"] = {plan.tied_head: plan.adapter.embedding}
     return config

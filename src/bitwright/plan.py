@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,17 @@ from bitwright.checkpoint.shard import TensorInfo
 from bitwright.checkpoint.source import Source
 from bitwright.errors import PlanError
 from bitwright.formats.native import TensorEntry, packed_bytes
+from bitwright.method import Inputs, Method, activation_spec, kv_spec, weight_spec
 from bitwright.models import adapter_for
 from bitwright.models.adapter import Adapter, block_count
+from bitwright.numeric.activation import ActivationSpec, KvSpec
 from bitwright.numeric.outliers import NoOutliers, NSigma
 from bitwright.numeric.spec import WeightSpec
-from bitwright.recipe import Inputs, Method, Recipe, Rule, Scheme, as_recipe, weight_spec
+from bitwright.recipe import Recipe, Rule, as_recipe
 from bitwright.rounding.sensitivity import Obs
 from bitwright.rows import Row, Unit
+from bitwright.scheme import Scheme
+from bitwright.transforms.rotate import Rotate, online_hadamards, rotated
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -43,6 +47,8 @@ class Plan:
     units: tuple[Unit, ...]
     tied_head: str | None
     """The head that shares a quantized embedding, if any."""
+    kv_cache: KvSpec | None = None
+    """How the KV cache is quantized; None: it stays in float."""
 
     def rows(self) -> Iterator[Row]:
         """Every row, in the order of travel."""
@@ -50,9 +56,14 @@ class Plan:
             yield from unit.rows
 
     @property
+    def calibrated_method(self) -> Method | None:
+        """A method of calibrated rows, which all agree in what they do to whole blocks; None without such rows."""
+        return next((row.method for row in self.rows() if row.calibrated), None)
+
+    @property
     def inputs(self) -> Inputs | None:
         """What calibrated rows, all of them alike, need to know of their inputs; None when no row is calibrated."""
-        return next((row.method.inputs for row in self.rows() if row.method is not None and row.calibrated), None)
+        return None if self.calibrated_method is None else self.calibrated_method.inputs
 
     def shard_name(self, index: int) -> str:
         """File name of unit `index`."""
@@ -88,6 +99,7 @@ class Plan:
             "source_bytes": self.source_bytes,
             "quantized_weights": self.quantized_weights,
             "bits_per_weight": self.bits_per_weight,
+            "kv_cache": None if self.kv_cache is None else self.kv_cache.model_dump(mode="json"),
             "tensors": [row.to_json() for row in self.rows()],
         }
 
@@ -112,12 +124,35 @@ def plan(
         CheckpointError: the model cannot be read.
         PlanError: the recipe cannot be applied to the model; every reason is listed.
     """
-    return make_plan(open_source(model), as_recipe(recipe, method, scheme))
+    resolved = as_recipe(recipe, method, scheme)
+    return make_plan(rotated_as_asked(open_source(model), resolved), resolved)
+
+
+def rotated_as_asked(source: Source, recipe: Recipe) -> Source:
+    """`source`, or with the rotation that the recipe's methods ask for.
+
+    Raises:
+        PlanError: they ask for different ones, or the rotation would not be exact.
+    """
+    asked = _rotations(recipe)
+    if len(asked) > 1:
+        raise PlanError(f"methods ask for the rotations {asked}; the model has one: let the methods of all rules agree")
+    return rotated(source, adapter_for(source.config), asked[0], recipe.seed) if asked else source
+
+
+def _rotations(recipe: Recipe) -> list[Rotate]:
+    methods = [recipe.method, *(rule.method for rule in recipe.rules)]
+    return list(dict.fromkeys(m.rotate for m in methods if m is not None and m.rotate is not None))
 
 
 def make_plan(source: Source, recipe: Recipe) -> Plan:
-    """`plan` for an open source and a resolved recipe."""
+    """`plan` for an open source, rotated as the recipe asks, and a resolved recipe."""
     adapter = adapter_for(source.config)
+    if adapter.stacks:
+        raise PlanError(
+            f"{source.label}: {adapter.model_type} holds its experts in stacks such as {adapter.stacks[0]}, which "
+            "cannot be quantized yet; choose a dense model"
+        )
     planner = _Planner(source, recipe, adapter)
     units = planner.units()
     if recipe.bits_per_weight is not None and not planner.refusals:
@@ -127,7 +162,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
             planner.refusals.append(str(error))
     if planner.refusals:
         raise PlanError(f"{source.label}: " + "; ".join(planner.refusals))
-    return Plan(source.label, recipe, adapter, units, planner.tied_head)
+    return Plan(source.label, recipe, adapter, units, planner.tied_head, planner.kv_cache)
 
 
 class _Planner:
@@ -137,11 +172,13 @@ class _Planner:
         self.source, self.recipe, self.adapter = source, recipe, adapter
         self.refusals: list[str] = []
         self.tied_head: str | None = None
-        self.inputs: Inputs | None = None
+        self.calibrated_method: Method | None = None
+        self.kv_cache: KvSpec | None = None
         self.blocks = block_count(source.config)
         self.block_linears = [
             adapter.block_prefix(block) + name for block in range(self.blocks) for name in adapter.linears
         ]
+        self.online_hadamards = [name for asked in _rotations(recipe) for name in online_hadamards(adapter, asked)]
         self.tied = adapter.tied_head
         self.candidates = {*self.block_linears, adapter.embedding} | (set() if self.tied else {adapter.head})
 
@@ -229,7 +266,7 @@ class _Planner:
             return self._kept_row(name, info, rule.match)
         spec = weight_spec(method, scheme, self.recipe.scale_dtype)
         self._check_matrix(name, info, spec)
-        self._check_scheme(scheme, method)
+        activation = self._check_scheme(name, scheme, method)
         if method.calibrated:
             self._check_calibrated(name, method)
         if name.rpartition(".")[0] == self.adapter.embedding and self.tied:
@@ -240,7 +277,9 @@ class _Planner:
             value_bits = method.outliers.value_bits if isinstance(method.outliers, Obs) and outliers else 16
             nbytes = packed_bytes(TensorEntry(spec, (info.shape[0], info.shape[1]), outliers, value_bits))
         label = "default" if rule.match == "*" and rule not in self.recipe.rules else f"rule {rule.match!r}"
-        return Row(name, info.shape, info.dtype, "quantize", label, nbytes, spec=spec, method=method)
+        hadamard = any(name.endswith(f".{linear}.weight") for linear in self.online_hadamards)
+        row = Row(name, info.shape, info.dtype, "quantize", label, nbytes, spec=spec, method=method)
+        return replace(row, activation=activation, hadamard=hadamard)
 
     def _check_matrix(self, name: str, info: TensorInfo, spec: WeightSpec) -> None:
         if len(info.shape) != 2 or 0 in info.shape:
@@ -258,24 +297,53 @@ class _Planner:
             self.refusals.append(
                 f"{name} is outside the blocks, where method {method.name} sees no inputs; use a data-free method there"
             )
-        if self.inputs is not None and self.inputs != method.inputs:
-            complaint = (
-                f"method {method.name} sees inputs {method.inputs}, another method {self.inputs}; calibrated methods "
-                "of one recipe must agree"
+        if self.calibrated_method is not None and self.calibrated_method.of_blocks != method.of_blocks:
+            self._refuse(
+                f"methods {self.calibrated_method.name} and {method.name} treat whole blocks differently (inputs, "
+                "rotate, transform, learn, range clip); calibrated methods of one recipe must agree in these"
             )
-            if complaint not in self.refusals:
-                self.refusals.append(complaint)
-        self.inputs = method.inputs
+        self.calibrated_method = method
 
-    def _check_scheme(self, scheme: Scheme, method: Method) -> None:
-        for what, bits in (("activations", scheme.activation_bits), ("KV cache", scheme.kv_bits)):
-            if bits != 16:
-                complaint = (
-                    f"scheme {scheme} asks for {bits}-bit {what}, which method {method.name} leaves in float; "
-                    f"use w{scheme.weight_bits}a16"
-                )
-                if complaint not in self.refusals:
-                    self.refusals.append(complaint)
+    def _check_scheme(self, name: str, scheme: Scheme, method: Method) -> ActivationSpec | None:
+        """How the inputs of `name` are quantized; takes note of how the KV cache is."""
+        if not (4 <= scheme.activation_bits <= 8 or scheme.activation_bits == 16):
+            self._refuse(f"scheme {scheme} asks for {scheme.activation_bits}-bit activations, needed 4 to 8, or 16")
+            return None
+        if not (2 <= scheme.kv_bits <= 8 or scheme.kv_bits == 16):
+            self._refuse(f"scheme {scheme} asks for a {scheme.kv_bits}-bit KV cache, needed 2 to 8, or none (16)")
+            return None
+        self._check_kv_cache(scheme, method)
+        activation = activation_spec(method, scheme)
+        # Embeddings look up rows, and what the head multiplies stays in float, as in all of the literature.
+        if activation is None or not self._inside_block(name):
+            return None
+        if activation.granularity == "tensor":
+            why = "its ranges are not gathered yet" if method.calibrated else "it sees no inputs"
+            self._refuse(
+                f"method {method.name} quantizes activations by static ranges per tensor, but {why}; "
+                "set activations.granularity=token"
+            )
+        return activation
+
+    def _check_kv_cache(self, scheme: Scheme, method: Method) -> None:
+        kv_cache = kv_spec(method, scheme)
+        if kv_cache is None:
+            return
+        if not any(linear.endswith("k_proj") for linear in self.adapter.linears):
+            self._refuse(
+                f"scheme {scheme} asks for a quantized KV cache, but blocks of {self.adapter.model_type} have no "
+                "k_proj; leave out kv"
+            )
+        if self.kv_cache not in (None, kv_cache):
+            self._refuse(
+                f"scheme {scheme} asks for the KV cache {kv_cache}, another rule for {self.kv_cache}; "
+                "the model has one: let the rules agree, or only one of them name it"
+            )
+        self.kv_cache = self.kv_cache or kv_cache
+
+    def _refuse(self, complaint: str) -> None:
+        if complaint not in self.refusals:
+            self.refusals.append(complaint)
 
 
 def kept_dtype(info: TensorInfo, setting: str) -> torch.dtype:

@@ -9,8 +9,10 @@ from typing import Any, Literal
 import torch
 
 from bitwright.checkpoint.shard import NAMES
+from bitwright.method import Method
+from bitwright.numeric.activation import ActivationSpec, InputSite
 from bitwright.numeric.spec import WeightSpec
-from bitwright.recipe import Method
+from bitwright.rounding.gptq import Gptq
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,22 @@ class Row:
     """Of a kept tensor."""
     spec: WeightSpec | None = None
     method: Method | None = None
+    activation: ActivationSpec | None = None
+    """Of the inputs of a quantized linear; None: they stay in float."""
+
+    hadamard: bool = False
+    """Whether the runtime applies `hadamard_blocks` to the linear's input."""
+
+    def input_site(self, extremes: tuple[float, float] | None = None) -> InputSite | None:
+        """What happens to the linear's input; `extremes`, its least and greatest value, for a static range."""
+        transform: Literal["hadamard"] | None = "hadamard" if self.hadamard else None
+        if self.activation is None:
+            return None if transform is None else InputSite(transform=transform)
+        if self.activation.granularity == "token":
+            return InputSite(transform=transform, activation=self.activation)
+        if extremes is None:
+            raise ValueError(f"{self.tensor}: its static range needs the extremes of its input")
+        return InputSite.static(self.activation, *extremes, transform)
 
     @property
     def module(self) -> str:
@@ -41,8 +59,18 @@ class Row:
 
     @property
     def calibrated(self) -> bool:
-        """Whether its rounding needs to see the inputs of the linear."""
+        """Whether its method needs to see the inputs of the linear."""
         return self.method is not None and self.method.calibrated
+
+    @property
+    def static_input(self) -> bool:
+        """Whether its input is quantized on one range for all tokens."""
+        return self.activation is not None and self.activation.granularity == "tensor"
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether its rounding needs the Hessian of the linear's inputs."""
+        return self.method is not None and isinstance(self.method.rounding, Gptq)
 
     @property
     def source_bytes(self) -> int:
@@ -61,6 +89,7 @@ class Row:
             "stored_dtype": None if self.stored_dtype is None else NAMES[self.stored_dtype],
             "spec": None if self.spec is None else self.spec.model_dump(mode="json"),
             "method": None if self.method is None else self.method.name,
+            "activation": None if self.activation is None else self.activation.model_dump(mode="json"),
             "bits_per_weight": 8 * self.bytes / self.weights if self.weights else None,
         }
 

@@ -1,7 +1,7 @@
 """The walk over the blocks of a calibrated job: streams that advance, and each block's linears rounded on the way.
 
-    per block:  read it in float -> Hessians of a stage's linears -> round, pack, verify -> decode into the block
-                -> next stage ... -> run the decoded block to make the next block's inputs
+    per block:  read it in float -> transform, learn -> Hessians of a stage's linears -> round, pack, verify
+                -> decode into the block -> next stage ... -> run the decoded block to make the next block's inputs
 
 What runs on is exactly what was stored: decoded from the packed parts, kept tensors in their stored type. A block
 that an earlier run has finished is replayed from its shard, so a resumed job sees the very same inputs.
@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from bitwright.calibration.blocks import BlockRunner
+from bitwright.calibration.capture import input_extremes
 from bitwright.calibration.gradients import TokenWeights, token_weights
 from bitwright.calibration.hessians import HessianPass, Reference
 from bitwright.calibration.stream import Stream
@@ -26,9 +28,12 @@ from bitwright.execute.stopwatch import Stopwatch
 from bitwright.formats import layout
 from bitwright.formats.native import unpack
 from bitwright.journey import Outcome, Record, process_row, stored_entry
+from bitwright.method import Inputs
+from bitwright.numeric.activation import InputSite
 from bitwright.plan import Plan
-from bitwright.recipe import Inputs
+from bitwright.prepare import Block, Preparation, Prepared, prepares
 from bitwright.rows import Row, Unit
+from bitwright.runtime.sites import input_sites
 from bitwright.shares import model_wide_shares, spends_model_wide, with_share
 
 Values = Iterator[tuple[Tensor | None, Record]]
@@ -67,41 +72,125 @@ class Walk:
         runner, stream = self._start()
         self.say(f"replaying {unit.label}")
         block = runner.block(unit.block)
-        if self._float is not None:
-            runner.advance(unit.block, block, self._float)
+        self._advance_float(self._outputs(unit.block, block))
         self._install(block, unit, decoded_tensors(unit.rows, parts, records))
-        runner.advance(unit.block, block, stream)
+        prefix = self.plan.adapter.block_prefix(unit.block)
+        rows = {row.tensor.removeprefix(prefix): row for row in unit.rows}
+        with input_sites(
+            block, _sites(rows, {r["tensor"].removeprefix(prefix): r.get("input_range") for r in records})
+        ):
+            runner.advance(unit.block, block, stream)
 
     def process(self, unit: Unit, values: Values) -> Iterator[tuple[Row, Outcome]]:
-        """Round a block's linears in order of execution, then see to its other tensors; gives every row's outcome."""
+        """Prepare a block, round its linears in order of execution, see to its other tensors; every row's outcome."""
         assert unit.block is not None
         runner, stream = self._start()
         block = runner.block(unit.block)
-        reference = None if self._float is None else Reference(deepcopy(block), self._float)
-        tensors = {row.tensor: next(values) for row in unit.rows}
         prefix = self.plan.adapter.block_prefix(unit.block)
         rows = {row.tensor.removeprefix(prefix): row for row in unit.rows}
-        gathering = HessianPass(runner, self._weights)
+        tensors = {row.tensor.removeprefix(prefix): next(values) for row in unit.rows}
+        prepared, outputs = self._prepare(unit.block, block, rows)
+        for name, value in prepared.tensors.items():
+            block.get_parameter(name).data = value
+            tensor, record = tensors[name]
+            if tensor is None or not torch.equal(value, tensor.float()):
+                tensors[name] = (value, record | {"rewritten": True})
+        ranges = self._input_ranges(unit.block, block, rows)
+        for name, extremes in ranges.items():
+            tensors[name][1]["input_range"] = list(extremes)
+        reference = self._reference(unit.block, block)
+        with input_sites(block, _sites(rows, ranges)):
+            for row, outcome in self._rounded(unit, block, rows, tensors, prepared, reference):
+                self._install(block, unit, decoded_tensors([row], outcome.parts, [outcome.record]))
+                yield row, outcome
+            with self.watch.phase("forwards to the next block"):
+                runner.advance(unit.block, block, stream)
+        if reference is not None:
+            reference.close()
+            outputs = outputs or reference.outputs
+        self._advance_float(outputs)
+
+    def _rounded(
+        self,
+        unit: Unit,
+        block: nn.Module,
+        rows: dict[str, Row],
+        tensors: dict[str, tuple[Tensor | None, Record]],
+        prepared: Prepared,
+        reference: Reference | None,
+    ) -> Iterator[tuple[Row, Outcome]]:
+        """The outcome of every row, linears first; the caller installs each before it asks for the next."""
+        assert unit.block is not None
+        assert self._runner is not None
+        assert self._stream is not None
+        gathering, left = HessianPass(self._runner, self._weights), dict(rows)
         for stage in self._stages():
-            linears = [name for name in stage if rows[f"{name}.weight"].calibrated]
+            linears = [name for name in stage if left[f"{name}.weight"].needs_hessian]
             if linears:
                 self.say(f"Hessians of block {unit.block}: {', '.join(name.rpartition('.')[2] for name in linears)}")
             with self.watch.phase("Hessians and forwards"):
-                evidence = gathering.gather(unit.block, block, stream, linears, reference)
+                evidence = gathering.gather(unit.block, block, self._stream, linears, reference)
             for name in stage:
-                row = self._with_own_share(rows.pop(f"{name}.weight"))
-                outcome = process_row(row, *tensors.pop(row.tensor), evidence.get(name))
+                row = self._with_own_share(left.pop(f"{name}.weight"))
+                tensor, record = tensors[f"{name}.weight"]
+                if row.calibrated:
+                    record = record | prepared.report
+                outcome = process_row(row, tensor, record, evidence.get(name), prepared.clipping.get(name))
                 self.watch.add(outcome.seconds)
-                self._install(block, unit, decoded_tensors([row], outcome.parts, [outcome.record]))
                 yield row, outcome
-        for row in rows.values():
-            outcome = process_row(row, *tensors.pop(row.tensor))
-            self._install(block, unit, decoded_tensors([row], outcome.parts, [outcome.record]))
-            yield row, outcome
-        with self.watch.phase("forwards to the next block"):
-            runner.advance(unit.block, block, stream)
-            if reference is not None:
-                runner.advance(unit.block, reference.block, reference.stream)
+        for name, row in left.items():
+            yield row, process_row(row, *tensors[name])
+
+    def _prepare(self, index: int, block: nn.Module, rows: Mapping[str, Row]) -> tuple[Prepared, Stream | None]:
+        """Transform and learning, where the recipe has any; and the float model's outputs where learning needs them."""
+        linears = {name: rows[f"{name}.weight"] for name in self.plan.adapter.linears}
+        specs = {name: row.spec for name, row in linears.items() if row.calibrated and row.spec is not None}
+        method = self.plan.calibrated_method
+        outputs = self._outputs(index, block) if method is not None and method.learn is not None else None
+        if not specs or method is None or not prepares(method):
+            return Prepared({}), outputs
+        assert self._runner is not None
+        assert self._stream is not None
+        preparation = Preparation(self._runner, method, self.plan.recipe.seed, self.say)
+        with self.watch.phase("transforms and learning"):
+            sites = _sites(rows, {}, learning=True)
+            task = Block(index, block, specs, self._stream, outputs, sites)
+            return preparation.run(task, self._weights), outputs
+
+    def _input_ranges(self, index: int, block: nn.Module, rows: Mapping[str, Row]) -> dict[str, tuple[float, float]]:
+        """Least and greatest input of each linear whose activations have a static range, by weight."""
+        static = {name: row for name, row in rows.items() if row.static_input}
+        if not static:
+            return {}
+        assert self._runner is not None
+        assert self._stream is not None
+        self.say(f"ranges of the inputs of block {index}")
+        linears = [name.removesuffix(".weight") for name in static]
+        with self.watch.phase("ranges of inputs"), input_sites(block, _sites(static, {}, learning=True)):
+            found = input_extremes(self._runner, index, block, self._stream, linears)
+        return {f"{name}.weight": extremes for name, extremes in found.items()}
+
+    def _outputs(self, index: int, block: nn.Module) -> Stream | None:
+        """The float model's outputs of `block`, whose weights are still the float ones; None where nobody asks."""
+        if self._float is None or self._runner is None:
+            return None
+        outputs = self._float.copy()
+        with self.watch.phase("forwards of the float model"):
+            self._runner.advance(index, block, outputs)
+        return outputs
+
+    def _reference(self, index: int, block: nn.Module) -> Reference | None:
+        """What the float model gives the linears of `block`, rewritten but not yet rounded, where targets need it."""
+        if self._float is None or self._runner is None or not self.inputs.correction:
+            return None
+        with self.watch.phase("forwards of the float model"):
+            return Reference(self._runner, index, block, self._float, self.folder)
+
+    def _advance_float(self, outputs: Stream | None) -> None:
+        """Let the float model's outputs be its inputs of the next block."""
+        if self._float is not None and outputs is not None:
+            self._float.close()
+            self._float = outputs
 
     def __enter__(self) -> Walk:
         """Itself; leaving frees the stream."""
@@ -117,7 +206,8 @@ class Walk:
         """The runner and the inputs of the next block, made when the first block is reached."""
         if self._runner is None or self._stream is None:
             adapter = self.plan.adapter
-            runner = BlockRunner(self.source, adapter, self.ids)
+            rotated = self._rotated()
+            runner = BlockRunner(self.source, adapter, self.ids, rotated=rotated)
             if self.inputs.weighting == "gradient":
                 with self.watch.phase("gradients"):
                     self._weights = self._token_weights(runner)
@@ -125,12 +215,18 @@ class Walk:
                 with self.watch.phase("outliers of the whole model"):
                     self._shares = self._outlier_shares(runner)
             self.say("running what precedes the blocks")
-            if self.inputs.correction:
+            method = self.plan.calibrated_method
+            if self.inputs.correction or (method is not None and method.learn is not None):
                 self._float = runner.first_inputs(folder=self.folder)
             stored = self._stored if self.inputs.stream == "quantized" else {}
-            self._runner = BlockRunner(_Overlay(self.source, stored), adapter, self.ids)
+            self._runner = BlockRunner(_Overlay(self.source, stored), adapter, self.ids, rotated=rotated)
             self._stream = self._runner.first_inputs(folder=self.folder)
         return self._runner, self._stream
+
+    def _rotated(self) -> list[str]:
+        """The linears of blocks whose inputs the runtime rotates."""
+        modules = [row.module for row in self.plan.rows() if row.hadamard]
+        return [name for name in self.plan.adapter.linears if any(module.endswith(f".{name}") for module in modules)]
 
     def _token_weights(self, runner: BlockRunner) -> TokenWeights:
         """Read those of an interrupted run, or make and keep them."""
@@ -172,6 +268,23 @@ class Walk:
             place = own.get(tensor.removeprefix(prefix))
             if place is not None:
                 place.data = value.to(place.dtype)
+
+
+def _sites(
+    rows: Mapping[str, Row], ranges: Mapping[str, tuple[float, float] | None], learning: bool = False
+) -> dict[str, InputSite]:
+    """What happens to the inputs of a block's linears, by name relative to the block, but for what blocks of the
+    float model do to them as well.
+
+    While `learning`, inputs of static ranges are left in float: the ranges are those of the finished transform.
+    """
+    found = {}
+    for name, row in rows.items():
+        row = replace(row, hadamard=False, activation=None if row.static_input and learning else row.activation)
+        site = row.input_site(ranges.get(name))
+        if site is not None:
+            found[name.removesuffix(".weight")] = site
+    return found
 
 
 def decoded_tensors(rows: Iterable[Row], parts: Mapping[str, Tensor], records: Iterable[Record]) -> dict[str, Tensor]:

@@ -6,79 +6,19 @@ float64 and to 1e-5 in float32.
 
 from __future__ import annotations
 
-import warnings
-from contextlib import nullcontext
-from functools import cache
-
 import pytest
 import torch
+from architectures import CONFIGS, LIMIT, build, distance, logits
 from torch import Tensor, nn
 
-with warnings.catch_warnings():
-    # packages that transformers imports where they are installed may warn of their own deprecations
-    warnings.simplefilter("ignore")
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from bitwright.models import Adapter, adapter_for
-    from bitwright.models.discover import Float64
-
+from bitwright.models import Adapter, adapter_for
 from bitwright.models.edges import Edge, Factors, NormEdge, apply_factors, merge_factors
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GATED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
-OPT = {**SIZES, "model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32}
-CONFIGS = {
-    "llama": {**GATED, "model_type": "llama"},
-    "llama-bias": {**GATED, "model_type": "llama", "attention_bias": True, "mlp_bias": True},
-    "llama-one-kv-head": {**GATED, "model_type": "llama", "num_key_value_heads": 1, "head_dim": 6},
-    "mistral": {**GATED, "model_type": "mistral", "sliding_window": 4},
-    "qwen2": {**GATED, "model_type": "qwen2"},
-    "qwen3": {**GATED, "model_type": "qwen3", "head_dim": 16, "attention_bias": True},
-    "opt": OPT,
-    "opt-post-norm": {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16},
-    "opt-gelu": {**OPT, "activation_function": "gelu", "enable_bias": False},
-    "opt-plain-norms": {**OPT, "layer_norm_elementwise_affine": False},
-}
 EDGES = [
     pytest.param(name, index, id=f"{name}-{'-'.join(edge.modules)}")
     for name, config in CONFIGS.items()
     for index, edge in enumerate(adapter_for(config).edges)
 ]
-LIMIT = {torch.float64: 1e-12, torch.float32: 1e-5}
-
-
-@cache
-def build(name: str) -> nn.Module:
-    """A random model whose norms and biases are far from one and zero, in float64."""
-    torch.manual_seed(0)
-    config = dict(CONFIGS[name])
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
-    model = model.double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.uniform_(0.5, 1.5)
-            else:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
-    return model
-
-
-@torch.no_grad()
-def logits(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-    tokens = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
-    keywords = {"input_ids": tokens, "use_cache": False}
-    tensors = {key: value.to(dtype) for key, value in {**dict(model.named_parameters()), **tensors}.items()}
-    with Float64() if dtype == torch.float64 else nullcontext():
-        return torch.func.functional_call(model, tensors, (), keywords).logits
 
 
 def rescaled(adapter: Adapter, model: nn.Module, edges: tuple[Edge, ...], seed: int) -> dict[str, Tensor]:
@@ -96,10 +36,6 @@ def rescaled(adapter: Adapter, model: nn.Module, edges: tuple[Edge, ...], seed: 
     return changed
 
 
-def distance(one: Tensor, other: Tensor) -> float:
-    return ((one - other).abs().max() / one.abs().max()).item()
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize(("name", "index"), EDGES)
 def test_edge_keeps_the_float_output(name: str, index: int, dtype: torch.dtype) -> None:
@@ -110,7 +46,7 @@ def test_edge_keeps_the_float_output(name: str, index: int, dtype: torch.dtype) 
     assert distance(before, logits(model, changed, dtype)) <= LIMIT[dtype]
 
     # half of the rescaling must show, or the edge would be tested on nothing
-    half = {key: value for key, value in changed.items() if f".{edge.modules[0]}." in key}
+    half = {key: value for key, value in changed.items() if f".{edge.modules[0]}." in f"{key}."}
     assert len(half) in (2, 4)
     assert distance(before, logits(model, half, dtype)) > 1e-3
 
@@ -126,7 +62,7 @@ def test_all_edges_together_keep_the_float_output(name: str, dtype: torch.dtype)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_names_are_those_of_the_model(name: str) -> None:
     model, adapter = build(name), adapter_for(CONFIGS[name])
-    modules = dict(model.named_modules())
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     for index in range(2):
         prefix = adapter.block_prefix(index)
         block = {key.removeprefix(prefix): part for key, part in modules.items() if key.startswith(prefix)}
@@ -137,7 +73,9 @@ def test_names_are_those_of_the_model(name: str) -> None:
             for key, part in block.items()
             if key not in linears and any(True for _ in part.parameters(recurse=False))
         ]
-        assert sorted(others) == sorted(adapter.norms)
+        holders = {name.rpartition(".")[0] for name in adapter.stacks}
+        assert sorted(others) == sorted({*adapter.norms, *adapter.routers, *holders})
+        assert all((prefix + name in parameters) for name in adapter.stacks)
     assert modules[adapter.embedding] is model.get_input_embeddings()
     assert modules[adapter.head] is model.get_output_embeddings()
     outside = {adapter.embedding, adapter.head, *adapter.kept}
@@ -159,7 +97,7 @@ def test_post_norm_opt_claims_no_norm_edge() -> None:
     assert "model.decoder.project_in" in adapter.kept
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "opt"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "gemma3", "mixtral"])
 def test_gradients_reach_every_scale(name: str) -> None:
     model, adapter = build(name), adapter_for(CONFIGS[name])
     scales = [torch.ones(e.width(adapter.shape), dtype=torch.float64, requires_grad=True) for e in adapter.edges]

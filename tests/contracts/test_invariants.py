@@ -14,7 +14,7 @@ from bitwright.formats.native import pack, unpack
 from bitwright.numeric.outliers import NoOutliers
 from bitwright.numeric.qtensor import QTensor
 from bitwright.numeric.spec import Bilevel, WeightSpec
-from bitwright.ranges import Minmax, Mse
+from bitwright.ranges import Minmax, Mse, Ranging
 from bitwright.rounding.factor import factorize
 from bitwright.rounding.gptq import Gptq, quantize_gptq
 from bitwright.rounding.nearest import quantize_nearest
@@ -55,7 +55,7 @@ def objective(change: torch.Tensor, matrix: torch.Tensor) -> float:
 
 
 def gptq(weight: torch.Tensor, matrix: torch.Tensor, spec: WeightSpec, settings: Gptq = PLAIN, policy=None) -> QTensor:
-    return quantize_gptq(weight, matrix, spec, Minmax(), policy or NoOutliers(), settings).q
+    return quantize_gptq(weight, matrix, Ranging(spec, Minmax()), policy or NoOutliers(), settings).q
 
 
 @pytest.mark.parametrize("order", ["natural", "activation", "grouped"])
@@ -75,7 +75,7 @@ def test_1_the_factor_is_that_of_the_inverse(order) -> None:
 @pytest.mark.parametrize("name", SPECS)
 def test_2_errors_add_up_to_the_objective(name: str) -> None:
     weight, matrix = weights(), hessian()
-    rounded = quantize_gptq(weight, matrix, SPECS[name], Minmax(), NoOutliers(), PLAIN)
+    rounded = quantize_gptq(weight, matrix, Ranging(SPECS[name], Minmax()), NoOutliers(), PLAIN)
     expected = objective(weight - rounded.q.dequantize(), damped(matrix))
     assert rounded.details["loss"] == pytest.approx(expected, rel=1e-4)
 
@@ -85,7 +85,7 @@ def test_3_independent_inputs_give_nearest_codes(name: str) -> None:
     weight, spec = weights(), SPECS[name]
     matrix = torch.diag(torch.rand(IN, dtype=torch.float64) + 0.1)
     found = gptq(weight, matrix, spec, Gptq(order="activation", importance="none"))
-    expected = quantize_nearest(weight, None, spec, Minmax(), NoOutliers())
+    expected = quantize_nearest(weight, None, Ranging(spec, Minmax()), NoOutliers())
     assert torch.equal(found.codes, expected.codes)
     assert torch.equal(found.dequantize(), expected.dequantize())
 
@@ -127,7 +127,7 @@ def test_7_weights_on_the_grid_return_exactly(order, range_settings) -> None:
     steps = torch.randint(0, 16, (OUT, IN), generator=torch.Generator().manual_seed(1))
     steps[:, ::16], steps[:, 1::16] = 0, 15
     weight = 2.0**-6 * (steps - 7).float()
-    found = quantize_gptq(weight, hessian(), spec, range_settings, NoOutliers(), Gptq(order=order)).q
+    found = quantize_gptq(weight, hessian(), Ranging(spec, range_settings), NoOutliers(), Gptq(order=order)).q
     assert torch.equal(found.dequantize(), weight)
 
 
@@ -151,7 +151,7 @@ def test_9_leave_one_out_is_that_of_the_naive_loop(name: str) -> None:
 
     def losses(group: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         one = spec.model_copy(update={"group_size": None})
-        return (quantize_nearest(group, None, one, Minmax(), NoOutliers()).dequantize() - group) ** 2 * loss
+        return (quantize_nearest(group, None, Ranging(one, Minmax()), NoOutliers()).dequantize() - group) ** 2 * loss
 
     width = spec.group_width(IN)
     for row in range(5):
@@ -167,7 +167,9 @@ def test_9_leave_one_out_is_that_of_the_naive_loop(name: str) -> None:
 @pytest.mark.parametrize("value_bits", [8, 16])
 def test_11_a_residual_decodes_to_the_value_that_was_kept(value_bits) -> None:
     spec = SPECS["spqr"]
-    rounded = quantize_gptq(weights(), hessian(), spec, Minmax(), Obs(share=0.02, value_bits=value_bits), PLAIN)
+    rounded = quantize_gptq(
+        weights(), hessian(), Ranging(spec, Minmax()), Obs(share=0.02, value_bits=value_bits), PLAIN
+    )
     q = rounded.q
     assert q.outliers is not None
     assert q.outliers.count > 20
@@ -195,9 +197,9 @@ def test_15_beats_nearest_on_an_ensemble(name: str, policy, settings: Gptq) -> N
     ours = nearest = 0.0
     for seed in range(4):
         weight, matrix = weights(seed), hessian(seed)
-        found = quantize_gptq(weight, matrix, SPECS[name], Mse(), policy, settings).q
+        found = quantize_gptq(weight, matrix, Ranging(SPECS[name], Mse()), policy, settings).q
         ours += objective(weight - found.dequantize(), matrix)
-        plain = quantize_nearest(weight, None, SPECS[name], Mse(), NoOutliers())
+        plain = quantize_nearest(weight, None, Ranging(SPECS[name], Mse()), NoOutliers())
         nearest += objective(weight - plain.dequantize(), matrix)
     assert ours < 0.8 * nearest
 
@@ -207,7 +209,7 @@ def test_15_beats_nearest_on_an_ensemble(name: str, policy, settings: Gptq) -> N
 def test_sweeps_never_raise_the_objective(name: str, policy) -> None:
     weight, matrix = weights(), hessian()
     plain, swept = (
-        quantize_gptq(weight, matrix, SPECS[name], Minmax(), policy, Gptq(order="natural", sweeps=sweeps)).q
+        quantize_gptq(weight, matrix, Ranging(SPECS[name], Minmax()), policy, Gptq(order="natural", sweeps=sweeps)).q
         for sweeps in (0, 3)
     )
     before, after = (objective(weight - q.dequantize(), damped(matrix)) for q in (plain, swept))
@@ -240,17 +242,17 @@ def test_a_share_is_kept_within_a_few_percent() -> None:
 def test_inputs_that_were_never_seen_keep_their_nearest_codes() -> None:
     weight, matrix = weights(), hessian()
     matrix[10], matrix[:, 10] = 0, 0
-    found = quantize_gptq(weight, matrix, SPECS["channel"], Minmax(), NoOutliers(), PLAIN)
-    plain = quantize_nearest(weight, None, SPECS["channel"], Minmax(), NoOutliers())
+    found = quantize_gptq(weight, matrix, Ranging(SPECS["channel"], Minmax()), NoOutliers(), PLAIN)
+    plain = quantize_nearest(weight, None, Ranging(SPECS["channel"], Minmax()), NoOutliers())
     assert found.details["dead_columns"] == 1
     assert torch.equal(found.q.codes[:, 10], plain.codes[:, 10])
     assert not found.fallbacks
 
 
 def test_no_input_at_all_is_reported() -> None:
-    found = quantize_gptq(weights(), torch.zeros(IN, IN), SPECS["g32"], Minmax(), NoOutliers(), PLAIN)
+    found = quantize_gptq(weights(), torch.zeros(IN, IN), Ranging(SPECS["g32"], Minmax()), NoOutliers(), PLAIN)
     assert any("no calibration token" in line for line in found.fallbacks)
-    plain = quantize_nearest(weights(), None, SPECS["g32"], Minmax(), NoOutliers())
+    plain = quantize_nearest(weights(), None, Ranging(SPECS["g32"], Minmax()), NoOutliers())
     assert torch.equal(found.q.codes, plain.codes)
 
 
@@ -262,5 +264,5 @@ def test_the_failure_ladder_climbs_and_reports() -> None:
     assert not found.failed
     assert found.damping == 1.0
     hopeless = torch.full((IN, IN), 1e6, dtype=torch.float64).fill_diagonal_(1.0)
-    result = quantize_gptq(weights(), hopeless, SPECS["g32"], Minmax(), NoOutliers(), PLAIN)
+    result = quantize_gptq(weights(), hopeless, Ranging(SPECS["g32"], Minmax()), NoOutliers(), PLAIN)
     assert any(line.startswith("rounded to nearest") for line in result.fallbacks)

@@ -1,6 +1,7 @@
 """Contract of kernels: `opcheck`, and the result of `QTensor.dequantize` in float64, over every layout.
 
-Every kernel registered for a device is held to the same table; the reference is the first of them.
+Every kernel registered for a device is held to the same table; the reference is the first of them, the compiled
+kernels for the CPU the second.
 """
 
 from __future__ import annotations
@@ -49,11 +50,16 @@ LAYOUTS = [
 FLOORS_DB = {torch.float64: 280, torch.float32: 110, torch.float16: 55, torch.bfloat16: 40}
 
 
-@pytest.fixture(params=[None, 40], ids=["whole", "chunked"])
-def _chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run everything once more in chunks of a few rows."""
-    if request.param is not None:
-        monkeypatch.setattr(reference, "_CHUNK", request.param)
+@pytest.fixture(params=["compiled", "reference", "reference in chunks"])
+def _kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run everything with each kernel, and the reference once more in chunks of a few rows."""
+    if request.param == "compiled":
+        assert ops.cpu_kernel() is not None
+    else:
+        monkeypatch.delitem(ops._linear_kernels, "cpu")
+        monkeypatch.delitem(ops._embedding_kernels, "cpu")
+    if request.param == "reference in chunks":
+        monkeypatch.setattr(reference, "_CHUNK", 40)
 
 
 def packed(q: QTensor) -> PackedWeight:
@@ -69,7 +75,7 @@ def sqnr(expected: Tensor, result: Tensor) -> float:
     return sqnr_db(*squared_error(expected, result))
 
 
-@pytest.mark.usefixtures("_chunk")
+@pytest.mark.usefixtures("_kernel")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_linear(make_qtensor: Make, bits: int, layout: tuple) -> None:
@@ -86,7 +92,7 @@ def test_linear(make_qtensor: Make, bits: int, layout: tuple) -> None:
             assert sqnr(expected, result) > floor_db
 
 
-@pytest.mark.usefixtures("_chunk")
+@pytest.mark.usefixtures("_kernel")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_embedding(make_qtensor: Make, bits: int, layout: tuple) -> None:

@@ -10,7 +10,7 @@ from bitwright.formats.native import TensorEntry, pack, unpack
 from bitwright.numeric.grid import Grid
 from bitwright.numeric.qtensor import QTensor
 from bitwright.numeric.spec import WeightSpec
-from bitwright.ranges import Hqq, Minmax, Mse, MseAdam, fit_grid, quantize_levels
+from bitwright.ranges import Hqq, Minmax, Mse, MseAdam, Ranging, fit_grid, quantize_levels
 
 ALL = [Minmax(), Mse(), MseAdam(learning_rate=1e-3, steps=20), Hqq()]
 
@@ -60,18 +60,18 @@ def error(weight: Tensor, grid: Grid, weighing: Tensor | None = None) -> float:
 
 
 def one_level_fit(weight: Tensor, spec: WeightSpec, settings: Mse | Minmax) -> Grid:
-    return fit_grid(weight, None, None, spec.one_level, settings)
+    return fit_grid(weight, None, None, Ranging(spec.one_level, settings))
 
 
 @each_spec
 @each_range
 def test_results_are_as_stored(settings, spec: WeightSpec) -> None:
     weight = matrix()
-    grid = fit_grid(weight, None, None, spec, settings)
+    grid = fit_grid(weight, None, None, Ranging(spec, settings))
     q = QTensor(grid.encode(weight), grid).validate("w")
     restored = unpack("w", pack(q), TensorEntry.of(q))
     assert torch.equal(restored.dequantize(), q.dequantize())
-    again = fit_grid(weight, None, None, spec, settings)
+    again = fit_grid(weight, None, None, Ranging(spec, settings))
     assert torch.equal(again.scale, grid.scale)
     assert torch.equal(again.zero, grid.zero)
 
@@ -93,12 +93,12 @@ def test_odd_groups_survive(settings, spec: WeightSpec) -> None:
         ]
     )
     for weight in (odd, torch.stack([odd, ordinary], dim=1).flatten(0, 1), torch.zeros(5, 24), torch.full((1, 1), 0.3)):
-        grid = fit_grid(weight, None, None, spec, settings)
+        grid = fit_grid(weight, None, None, Ranging(spec, settings))
         result = QTensor(grid.encode(weight), grid).validate("w").dequantize()
         assert bool(torch.isfinite(result).all())
         assert not result[weight == 0].any(), "zeros of a group of zeros stay zero"
         nothing = torch.zeros_like(weight, dtype=torch.bool)
-        grid = fit_grid(weight, nothing, None, spec, settings)
+        grid = fit_grid(weight, nothing, None, Ranging(spec, settings))
         assert bool(torch.isfinite(grid.scale).all() and torch.isfinite(grid.zero).all())
 
 
@@ -108,7 +108,7 @@ def test_an_odd_group_does_not_ruin_its_superblock(settings, axis: str) -> None:
     """Without care, a group of zeros has the scale 1, a constant one its own weight, and a far one a zero of -1e5."""
     spec = spec_of("float", axis, size=8)
     weight = matrix(8, 64, seed=5)
-    plain = fit_grid(weight, None, None, spec, settings)
+    plain = fit_grid(weight, None, None, Ranging(spec, settings))
     for value in (0.0, 0.9, -0.9):
         odd = weight.clone()
         place = (slice(2, 3), slice(0, 64)) if axis == "row" else (slice(0, 8), slice(16, 24))
@@ -117,12 +117,12 @@ def test_an_odd_group_does_not_ruin_its_superblock(settings, axis: str) -> None:
         others[place] = False
         before, after = ((decoded(w, g) - w)[others].square().sum() for w, g in (
             (weight, plain),
-            (odd, fit_grid(odd, None, None, spec, settings)),
+            (odd, fit_grid(odd, None, None, Ranging(spec, settings))),
         ))  # fmt: skip
         assert after < (2.5 if value == 0 else 60) * before
     far = weight.clone()
     far[2, 16:24] = 1 + 1e-5 * torch.arange(8)
-    grid = fit_grid(far, None, None, spec, settings)
+    grid = fit_grid(far, None, None, Ranging(spec, settings))
     others = torch.ones_like(weight, dtype=torch.bool)
     others[2, 16:24] = False
     assert (decoded(far, grid) - far)[others].square().sum() < 5 * (decoded(weight, plain) - weight).square().sum()
@@ -153,9 +153,9 @@ def test_refining_is_never_worse_than_rounding_the_levels(spec: WeightSpec, mask
     importance = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) if masked else None
     inliers = weight.abs() < 0.8 * weight.abs().amax(dim=1, keepdim=True) if masked else None
     weighing = None if importance is None or inliers is None else importance * inliers
-    first = fit_grid(weight, inliers, importance, spec.one_level, Mse())
+    first = fit_grid(weight, inliers, importance, Ranging(spec.one_level, Mse()))
     rounded = error(weight, quantize_levels(first.scale, first.zero, spec), weighing)
-    refined = error(weight, fit_grid(weight, inliers, importance, spec, Mse()), weighing)
+    refined = error(weight, fit_grid(weight, inliers, importance, Ranging(spec, Mse())), weighing)
     assert refined <= rounded * (1 + 1e-6)
 
 
@@ -165,7 +165,7 @@ def test_refining_recovers_most_of_what_the_second_level_costs() -> None:
     one_level = one_level_fit(weight, spec, Mse())
     base = error(weight, one_level)
     rounded = error(weight, quantize_levels(one_level.scale, one_level.zero, spec)) / base
-    refined = error(weight, fit_grid(weight, None, None, spec, Mse())) / base
+    refined = error(weight, fit_grid(weight, None, None, Ranging(spec, Mse()))) / base
     assert rounded > 1.3
     assert refined < 1.2
 
@@ -176,7 +176,7 @@ def test_fine_levels_cost_next_to_nothing(axis: str) -> None:
     spec = spec_of("float", axis, codes=(8, 8))
     for settings in (Minmax(), Mse()):
         base = error(weight, one_level_fit(weight, spec, settings))
-        assert error(weight, fit_grid(weight, None, None, spec, settings)) < 1.02 * base
+        assert error(weight, fit_grid(weight, None, None, Ranging(spec, settings))) < 1.02 * base
 
 
 def test_scales_of_both_signs_keep_their_ranges() -> None:
@@ -221,14 +221,14 @@ def test_negative_scales_of_asymmetric_codes_are_turned(spec: WeightSpec) -> Non
 def test_superblocks_are_independent(settings, spec: WeightSpec) -> None:
     """Row chunks and column chunks of whole superblocks give the grid of the matrix, as rounding relies on."""
     weight = matrix(22, 75)
-    whole = fit_grid(weight, None, None, spec, settings)
+    whole = fit_grid(weight, None, None, Ranging(spec, settings))
     rows = min(2 * spec.row_multiple, 22)
-    parts = [fit_grid(part, None, None, spec, settings) for part in weight.split(rows)]
+    parts = [fit_grid(part, None, None, Ranging(spec, settings)) for part in weight.split(rows)]
     joined = Grid.concatenate(parts)
     assert torch.equal(joined.scale, whole.scale)
     assert torch.equal(joined.zero, whole.zero)
     columns = 8 * spec.group_multiple
-    parts = [fit_grid(part.contiguous(), None, None, spec, settings) for part in weight.split(columns, dim=1)]
+    parts = [fit_grid(part.contiguous(), None, None, Ranging(spec, settings)) for part in weight.split(columns, dim=1)]
     joined = Grid.concatenate_groups(parts)
     # The ragged last group is its own width here, not a padded one: sums may round otherwise.
     torch.testing.assert_close(joined.scale, whole.scale, rtol=0.2, atol=0)
@@ -245,7 +245,7 @@ def test_threads_do_not_change_a_bit(axis: str) -> None:
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            grids.append(fit_grid(weight, None, None, spec, Mse()))
+            grids.append(fit_grid(weight, None, None, Ranging(spec, Mse())))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(grids[0].scale, grids[1].scale)

@@ -12,15 +12,18 @@ import torch
 from bitwright.errors import FormatError
 from bitwright.formats.native import (
     FORMAT_VERSION,
+    Sites,
     TensorEntry,
     pack,
     packed_bytes,
     parts,
     quantization_config,
     read_quantization_config,
+    read_sites,
     read_tied,
     unpack,
 )
+from bitwright.numeric.activation import ActivationSpec, InputSite, KvSpec
 from bitwright.numeric.outliers import Outliers
 from bitwright.numeric.qtensor import QTensor
 from bitwright.numeric.spec import Bilevel, WeightSpec
@@ -100,6 +103,31 @@ def test_config_round_trip() -> None:
     assert read_tied(config) == {"head": "b"}
     assert "tied" not in quantization_config(entries)
     assert read_tied(quantization_config(entries)) == {}
+
+
+def test_sites_round_trip() -> None:
+    dynamic, static = ActivationSpec(bits=4, clip=0.9), ActivationSpec(bits=8, granularity="tensor")
+    entries = {name: TensorEntry(SPEC, (8, 32)) for name in "abcdef"}
+    inputs = {
+        "a": InputSite(activation=dynamic),
+        "b": InputSite(activation=dynamic, transform="hadamard"),
+        # Scales that decimal fractions only approximate: they must come back to the last bit.
+        "c": InputSite.static(static, -0.1, 1 / 3),
+        "d": InputSite.static(static, 0.0, 1e-30, "hadamard"),
+        "e": InputSite(transform="hadamard"),
+    }
+    sites = Sites(inputs, KvSpec(bits=3, past_only=True))
+    config = json.loads(json.dumps(quantization_config(entries, sites=sites)))
+    assert read_sites(config) == sites
+    assert read_quantization_config(config) == entries
+    assert config["activations"] == [dynamic.model_dump(), static.model_dump()]
+    assert [config["tensors"][name].get("input", {}).get("activation") for name in "abcdef"] == [0, 0, 1, 1, None, None]
+    assert "input" not in config["tensors"]["f"]
+    nothing = quantization_config(entries)
+    assert (nothing["activations"], nothing["kv_cache"]) == ([], None)
+    assert read_sites(nothing) == Sites()
+    with pytest.raises(FormatError, match="input of x is quantized, and its weight is not"):
+        quantization_config(entries, sites=Sites({"x": inputs["a"]}))
 
 
 def test_pack_refuses_what_it_could_not_restore(make_qtensor: Make) -> None:

@@ -1,4 +1,4 @@
-"""Golden bytes of the native format: what version 2 wrote once, it writes and reads for ever.
+"""Golden bytes of the native format: what version 3 wrote once, it writes and reads for ever.
 
 `native.json` holds, per case, the spec and the hex dump of every tensor. The samples come from integer
 formulas, not from a random generator, so they can be rebuilt anywhere. A test that fails here means that the
@@ -15,7 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitwright.formats.native import TensorEntry, pack, quantization_config, unpack
+from bitwright.formats.native import (
+    TensorEntry,
+    pack,
+    quantization_config,
+    read_quantization_config,
+    read_sites,
+    unpack,
+)
+from bitwright.numeric.activation import ActivationSpec, InputSite, KvSpec, fake_quantize
 from bitwright.numeric.bilevel import SecondLevel, code_offset
 from bitwright.numeric.grid import Grid, stored_zero
 from bitwright.numeric.outliers import Outliers
@@ -23,6 +31,7 @@ from bitwright.numeric.qtensor import QTensor
 from bitwright.numeric.spec import WeightSpec
 
 GOLDEN = Path(__file__).with_name("native.json")
+SPECIFICATION = Path(__file__).parents[2] / "docs" / "formats" / "native.md"
 ROWS, COLUMNS, GROUP = 3, 13, 5
 
 
@@ -138,6 +147,28 @@ def test_worked_examples_of_second_levels() -> None:
     column = WeightSpec.model_validate(CASES["column"] | {"bilevel": level("column", 6, 6)})
     levels = SecondLevel(codes, torch.tensor([[20]], dtype=torch.uint8), torch.tensor([[[0.25, 0.5]]]))
     assert [t.item() for t in levels.decode(column) if t is not None] == [1.25, 8.0]
+
+
+def test_example_of_quantization_config() -> None:
+    """What docs/formats/native.md shows is read, and written again to the letter (but for unused specs)."""
+    example = json.loads(SPECIFICATION.read_text(encoding="utf-8").split("```json\n")[1].split("```")[0])
+    sites = read_sites(example)
+    assert sites.kv_cache == KvSpec(bits=4)
+    static = ActivationSpec(bits=8, granularity="tensor")
+    expected = InputSite(transform="hadamard", activation=static, scale=0.03125, zero=113)
+    assert sites.inputs["model.layers.0.mlp.down_proj"] == expected
+    written = quantization_config(read_quantization_config(example), example["tied"], sites)
+    assert written == {**example, "specs": example["specs"][:1]}
+
+
+def test_codes_of_activations() -> None:
+    """Grids and values by hand, in numbers that are exact."""
+    x = torch.tensor([[-1.0, 0.0, 0.4, 2.75], [0.5, 1.0, 3.75, 3.6]])
+    # Scales 3.75 / 15; zeros 4, and 0 for a token without a negative value.
+    assert fake_quantize(x, ActivationSpec(bits=4)).tolist() == [[-1.0, 0.0, 0.5, 2.75], [0.5, 1.0, 3.75, 3.5]]
+    # The greatest magnitude, 3, over three codes on each side: scale 1.
+    y = torch.tensor([[-1.2, 0.0, 0.4, 3.0]])
+    assert fake_quantize(y, KvSpec(bits=3, symmetric=True)).tolist() == [[-1.0, 0.0, 0.0, 3.0]]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from bitwright.formats.native import (
     pack,
     quantization_config,
     read_quantization_config,
+    read_sites,
     read_tied,
     unpack,
 )
@@ -191,6 +192,24 @@ def with_tensor(**changes: Any) -> dict[str, Any]:
     return {**config(), "tensors": {"proj": {**config()["tensors"]["proj"], **changes}}}
 
 
+def with_activation(**changes: Any) -> dict[str, Any]:
+    """A dynamic spec that nothing uses; `...` leaves a key out."""
+    spec = {"bits": 4, "granularity": "token", "symmetric": False, "clip": 1.0, **changes}
+    return {**config(), "activations": [{key: value for key, value in spec.items() if value is not ...}]}
+
+
+def with_kv_cache(**changes: Any) -> dict[str, Any]:
+    table = {"bits": 4, "rope": "after", "symmetric": False, "past_only": False, **changes}
+    return {**config(), "kv_cache": {key: value for key, value in table.items() if value is not ...}}
+
+
+def with_input(granularity: str = "tensor", **changes: Any) -> dict[str, Any]:
+    """The input of the one tensor, by a spec of 4 bits."""
+    site = {"transform": None, "activation": 0, "scale": 0.5, "zero": 3, **changes}
+    tensor = config()["tensors"]["proj"] | {"input": {key: value for key, value in site.items() if value is not ...}}
+    return with_activation(granularity=granularity) | {"tensors": {"proj": tensor}}
+
+
 def without(config: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name != key}
 
@@ -198,9 +217,10 @@ def without(config: dict[str, Any], key: str) -> dict[str, Any]:
 CONFIGS = {
     "other method": ({**config(), "quant_method": "gptq"}, "quant_method: found 'gptq', needed 'bitwright'"),
     "other format": ({**config(), "format": "gguf"}, "format: found 'gguf'"),
-    "newer version": ({**config(), "version": 3}, "found 3, needed 2; it was written by a newer bitwright"),
-    "first version": ({**config(), "version": 1}, "found 1, needed 2; .* quantize the model again"),
-    "version zero": ({**config(), "version": 0}, "found 0, needed 2"),
+    "newer version": ({**config(), "version": 4}, "found 4, needed 3; it was written by a newer bitwright"),
+    "first version": ({**config(), "version": 1}, "found 1, needed 3; .* quantize the model again"),
+    "second version": ({**config(), "version": 2}, "found 2, needed 3; .* quantize the model again"),
+    "version zero": ({**config(), "version": 0}, "found 0, needed 3"),
     "boolean version": ({**config(), "version": True}, "version"),
     "no version": (without(config(), "version"), "version: found None"),
     "unknown key": ({**config(), "act_order": True}, "act_order"),
@@ -233,6 +253,29 @@ CONFIGS = {
     "negative outliers": (with_tensor(outliers=-1), "outliers"),
     "seven bits per value": (with_tensor(value_bits=7), "value_bits 7"),
     "eight bits of nothing": (with_tensor(outliers=0, value_bits=8), "value_bits 8 for 0 outliers"),
+    "no activations": (without(config(), "activations"), "activations"),
+    "no KV cache": (without(config(), "kv_cache"), "kv_cache"),
+    "nine bits of activations": (with_activation(bits=9), r"activations\.0\.bits"),
+    "text for bits of activations": (with_activation(bits="4"), r"activations\.0\.bits"),
+    "default left out of activations": (with_activation(clip=...), "missing clip"),
+    "clip of nothing": (with_activation(clip=0), r"activations\.0\.clip"),
+    "clip of everything and more": (with_activation(clip=1.5), r"activations\.0\.clip"),
+    "granularity of another program": (with_activation(granularity="channel"), "granularity"),
+    "unknown key of activations": (with_activation(group_size=64), "group_size"),
+    "static and clipped": (with_activation(granularity="tensor", clip=0.5), "clip needs"),
+    "one bit of KV cache": (with_kv_cache(bits=1), r"kv_cache\.bits"),
+    "number for a switch": (with_kv_cache(past_only=1), r"kv_cache\.past_only"),
+    "default left out of the KV cache": (with_kv_cache(rope=...), "missing rope"),
+    "past only before RoPE": (with_kv_cache(past_only=True, rope="before"), "past_only needs"),
+    "unknown key of the KV cache": (with_kv_cache(clip=1.0), r"kv_cache\.clip"),
+    "transform of another program": (with_input(transform="fourier"), r"proj\.input\.transform"),
+    "key left out of an input": (with_input(zero=...), r"proj\.input\.zero"),
+    "unknown key of an input": (with_input(clip=1), r"proj\.input\.clip"),
+    "negative activation": (with_input(activation=-1), r"proj\.input\.activation"),
+    "boolean activation": (with_input(activation=True), r"proj\.input\.activation"),
+    "text for a scale": (with_input(scale="0.5"), r"proj\.input\.scale"),
+    "infinite scale": (with_input(scale=float("inf")), r"proj\.input\.scale"),
+    "fractional zero": (with_input(zero=3.5), r"proj\.input\.zero"),
     "not JSON": ({**config(), "tensors": {"proj": object()}}, "not JSON"),
 }
 
@@ -242,6 +285,30 @@ def test_damaged_configs(case: str) -> None:
     damaged, message = CONFIGS[case]
     with pytest.raises(FormatError, match=message):
         read_quantization_config(damaged)
+
+
+INPUTS = {
+    "activation out of range": (with_input(activation=1), "activation 1 of 1 activations"),
+    "nothing happens": (with_input(activation=None, scale=None, zero=None), "nothing happens"),
+    "static without a range": (with_input(scale=None, zero=None), "exactly where"),
+    "static without a zero": (with_input(zero=None), "exactly where"),
+    "dynamic with a range": (with_input("token"), "exactly where"),
+    "transform with a range": (with_input(transform="hadamard", activation=None), "exactly where"),
+    "scale of zero": (with_input(scale=0.0), "greater than 0"),
+    "negative scale": (with_input(scale=-0.5), "greater than 0"),
+    "scale that is no float32": (with_input(scale=0.1), "not a float32"),
+    "scale below float32": (with_input(scale=1e-60), "not a float32"),
+    "zero beyond the codes": (with_input(zero=16), r"zero 16 is outside 0\.\.15"),
+    "negative zero": (with_input(zero=-1), "greater than or equal to 0"),
+}
+
+
+@pytest.mark.parametrize("case", INPUTS)
+def test_damaged_inputs(case: str) -> None:
+    damaged, message = INPUTS[case]
+    read_sites(with_input())
+    with pytest.raises(FormatError, match=rf"tensors\.proj\.input: .*{message}"):
+        read_sites(damaged)
 
 
 @pytest.mark.parametrize("tied", [{"proj": "proj"}, {"head": "absent"}])

@@ -8,6 +8,8 @@ import torch
 from bitwright.errors import PlanError
 from bitwright.models.edges import (
     BlockShape,
+    Edge,
+    ExpertEdge,
     Factors,
     LinearEdge,
     NormEdge,
@@ -35,6 +37,28 @@ def test_value_edge_repeats_each_kv_head_for_its_queries() -> None:
     columns = edge.factors(torch.arange(1.0, 9.0), SHAPE)["o.weight"].columns
     assert columns is not None
     assert columns.tolist() == [1, 2, 3, 4, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8]
+
+
+def test_norm_edge_over_a_stack_of_experts() -> None:
+    edge = NormEdge("norm", ("router",), stacks=("experts",))
+    scale = torch.tensor([1.0, 2.0, 4.0])
+    assert edge.consumers == {"router": "router.weight", "experts": "experts"}
+    assert edge.modules == ("norm", "router", "experts")
+    stack = torch.arange(12.0).reshape(2, 2, 3)
+    assert apply_factors(stack, edge.factors(scale, SHAPE)["experts"]).equal(stack * scale)
+
+
+def test_expert_edge_scales_the_up_half_of_every_expert() -> None:
+    shape = BlockShape(hidden=3, intermediate=2, heads=4, kv_heads=2, head_dim=4)
+    edge = ExpertEdge("gate_up", "down", experts=2)
+    assert edge.width(shape) == 4
+    factors = edge.factors(torch.tensor([1.0, 2.0, 4.0, 8.0]), shape)
+    gate_up = apply_factors(torch.ones(2, 4, 3), factors["gate_up"])
+    assert gate_up[:, :, 0].tolist() == [[1, 1, 1, 0.5], [1, 1, 0.25, 0.125]]
+    assert gate_up.eq(gate_up[:, :, :1]).all()
+    down = apply_factors(torch.ones(2, 3, 2), factors["down"])
+    assert down[:, 0].tolist() == [[1, 2], [4, 8]]
+    assert down.eq(down[:, :1]).all()
 
 
 def test_linear_edge_is_as_wide_as_the_feed_forward() -> None:
@@ -83,6 +107,9 @@ def test_apply_factors_on_weights_and_biases() -> None:
         (torch.ones(2, 3), Factors(rows=torch.ones(3))),
         (torch.ones(2, 3), Factors(columns=torch.ones(1))),
         (torch.ones(2), Factors(columns=torch.ones(2))),
+        (torch.ones(2, 3), Factors(columns=torch.ones(2, 3))),
+        (torch.ones(2, 3, 4), Factors(rows=torch.ones(2))),
+        (torch.ones(2, 3, 4), Factors(columns=torch.ones(3, 4))),
     ],
 )
 def test_apply_factors_refuses_sizes_that_would_broadcast(tensor: torch.Tensor, factors: Factors) -> None:
@@ -90,8 +117,10 @@ def test_apply_factors_refuses_sizes_that_would_broadcast(tensor: torch.Tensor, 
         apply_factors(tensor, factors)
 
 
-@pytest.mark.parametrize("edge", [NormEdge("n", ("q",)), LinearEdge("v", "o", True), RotaryEdge("q", "k")])
-def test_factors_refuse_a_scale_of_the_wrong_size(edge: NormEdge | LinearEdge | RotaryEdge) -> None:
+@pytest.mark.parametrize(
+    "edge", [NormEdge("n", ("q",)), LinearEdge("v", "o", True), RotaryEdge("q", "k"), ExpertEdge("u", "d", 3)]
+)
+def test_factors_refuse_a_scale_of_the_wrong_size(edge: Edge) -> None:
     with pytest.raises(ValueError, match="takes a scale of shape"):
         edge.factors(torch.ones(7), SHAPE)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bitwright.numeric.grid import Grid
 from bitwright.numeric.spec import WeightSpec
-from bitwright.ranges import Minmax, fit_grid
+from bitwright.ranges import Minmax, Ranging, fit_grid
 from bitwright.rounding.rescale import refit_scales
 
 SPECS = [
@@ -20,7 +20,7 @@ def problem(spec: WeightSpec, seed: int) -> tuple[Tensor, Tensor, Grid, Tensor, 
     """Weights, codes, grid, Hessian and kept weights."""
     torch.manual_seed(seed)
     weight, x = torch.randn(5, 24), torch.randn(200, 24) @ torch.randn(24, 24)
-    grid = fit_grid(weight, None, None, spec, Minmax())
+    grid = fit_grid(weight, None, None, Ranging(spec, Minmax()))
     return weight, grid.encode(weight), grid, x.T @ x / 200, torch.rand(5, 24) < 0.1
 
 

@@ -284,8 +284,8 @@ def test_a_missing_bias_is_not_invented(tmp_path: Path, quantize_minmax: Quantiz
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["quantization_config"].update(version=3), "newer bitwright"),
-        (lambda c: c["quantization_config"].update(version=1), "quantize the model again"),
+        (lambda c: c["quantization_config"].update(version=4), "newer bitwright"),
+        (lambda c: c["quantization_config"].update(version=2), "quantize the model again"),
         (lambda c: c["quantization_config"]["tensors"]["lm_head"].update(shape=[41, 24]), "the model needs"),
         (
             lambda c: c["quantization_config"]["tensors"].update({"model.norm": {"spec": 0, "shape": [1, 24]}}),

@@ -18,7 +18,7 @@ then the block or blocks that the caller holds, and the stream (see `stream`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -43,6 +43,7 @@ from bitwright.calibration.stream import Stream
 from bitwright.checkpoint.source import Source
 from bitwright.errors import CalibrationError
 from bitwright.models import Adapter, block_count
+from bitwright.numeric.hadamard import hadamard_blocks
 
 BATCH_TOKENS = 2048
 """Tokens in a batch by default: enough for matrix products at full speed, few enough for wide activations."""
@@ -68,7 +69,9 @@ class BlockRunner:
         ids: int64 [windows, tokens].
     """
 
-    def __init__(self, source: Source, adapter: Adapter, ids: Tensor, batch: int | None = None):
+    def __init__(
+        self, source: Source, adapter: Adapter, ids: Tensor, batch: int | None = None, rotated: Sequence[str] = ()
+    ):
         """Build the model without weights and record what its blocks are called with.
 
         Args:
@@ -76,13 +79,15 @@ class BlockRunner:
             adapter: of the architecture.
             ids: token windows of equal length, int64 [windows, tokens].
             batch: windows run at once; None: as many as make 2048 tokens.
+            rotated: linears, by name relative to a block, whose weights were made for inputs that went through
+                `hadamard_blocks`; blocks put them through it.
 
         Raises:
             PlanError: transformers cannot build the model.
             CheckpointError: a tensor before the blocks is missing or has another shape.
             CalibrationError: the windows do not fit the model, or its blocks' arguments depend on the tokens.
         """
-        self.source, self.adapter, self.ids = source, adapter, ids
+        self.source, self.adapter, self.ids, self._rotated = source, adapter, ids, tuple(rotated)
         self.blocks = block_count(source.config)
         self._skeleton = build_skeleton(source.config)
         _check_windows(ids, self._skeleton.config)
@@ -122,6 +127,8 @@ class BlockRunner:
         """
         block: nn.Module = deepcopy(self._block(index))
         fill(self._skeleton, block, f"{self.adapter.blocks}.{index}", self.source)
+        for name in self._rotated:
+            block.get_submodule(name).register_forward_pre_hook(_rotate_input)
         return block.requires_grad_(False)
 
     def arguments(self, index: int, batch: int) -> Arguments:
@@ -270,6 +277,10 @@ class BlockRunner:
             f"{self.adapter.model_type} ran blocks {sorted(found)} of {self.blocks}; needed every block once; its "
             "blocks cannot be run one at a time"
         )
+
+
+def _rotate_input(_: nn.Module, args: tuple[Tensor, ...]) -> Any:
+    return (hadamard_blocks(args[0]), *args[1:])
 
 
 class Seen(Exception):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.calibration.blocks import BlockRunner, Seen
+from bitwright.calibration.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -76,3 +77,16 @@ def group_inputs(
     joined = {name: values[0] if len(values) == 1 else torch.cat(values) for name, values in seen.items() if values}
     inputs = {name: joined[group[0]] for group in groups for name in group if group[0] in joined}
     return Captured(inputs, output if whole else None)
+
+
+def input_extremes(
+    runner: BlockRunner, index: int, block: nn.Module, stream: Stream, linears: Sequence[str]
+) -> dict[str, tuple[float, float]]:
+    """The least and the greatest input of each of `linears` over all batches of `stream`."""
+    found: dict[str, tuple[float, float]] = {}
+    for hidden in stream:
+        for name, inputs in group_inputs(runner, index, block, hidden, linears).inputs.items():
+            low, high = (float(value) for value in inputs.aminmax())
+            before = found.get(name, (low, high))
+            found[name] = min(before[0], low), max(before[1], high)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from bitwright.calibration.blocks import BlockRunner
 from bitwright.calibration.capture import group_inputs
 from bitwright.calibration.gradients import TokenWeights
-from bitwright.calibration.statistics import Hessian
+from bitwright.calibration.statistics import ChannelMoments, Hessian
 from bitwright.calibration.stream import Stream
 
 
@@ -23,19 +24,47 @@ class Evidence:
         hessian: mean of w x x^T over its inputs, float32 [in, in].
         tokens: inputs seen.
         cross: mean of w r x^T with the float model's inputs r, float32 [in, in]; None where it was not asked for.
+        moments: extremes and means of its input channels; None where they were not asked for.
     """
 
     hessian: Tensor
     tokens: int
     cross: Tensor | None = None
+    moments: ChannelMoments | None = None
 
 
-@dataclass(frozen=True)
 class Reference:
-    """The block of the float model, and the inputs that the float model gives it, batch by batch."""
+    """What the linears of one block are given in the float model, kept for the passes that compare with it.
 
-    block: nn.Module
-    stream: Stream
+    Attributes:
+        outputs: of the block, hence the next block's inputs.
+    """
+
+    def __init__(self, runner: BlockRunner, index: int, block: nn.Module, stream: Stream, folder: Path | None = None):
+        """Run the float `block` once on the float model's `stream`; `folder` takes what is too large for memory."""
+        adapter = runner.adapter
+        self.outputs = stream.copy()
+        self._inputs: dict[str, Stream] = {}
+        for number, hidden in enumerate(stream):
+            captured = group_inputs(runner, index, block, hidden, adapter.linears, whole=True)
+            for group in adapter.shared_inputs:
+                inputs = captured.inputs[group[0]]
+                if group[0] not in self._inputs:
+                    shape = (*stream.shape[:2], inputs.shape[1])
+                    self._inputs[group[0]] = Stream(shape, stream.batch, folder=folder)
+                self._inputs[group[0]].write(number, inputs.reshape(*hidden.shape[:2], -1))
+            assert captured.output is not None
+            self.outputs.write(number, captured.output)
+        self._leaders = {name: group[0] for group in adapter.shared_inputs for name in group}
+
+    def inputs(self, linear: str, number: int) -> Tensor:
+        """What `linear`, named relative to the block, is given in batch `number`: float32 [tokens, in]."""
+        return self._inputs[self._leaders[linear]].read(number).flatten(0, 1)
+
+    def close(self) -> None:
+        """Free the inputs; `outputs` stays."""
+        for stream in self._inputs.values():
+            stream.close()
 
 
 class HessianPass:
@@ -46,7 +75,14 @@ class HessianPass:
         self._runner, self._weights = runner, weights
 
     def gather(
-        self, index: int, block: nn.Module, stream: Stream, linears: Sequence[str], reference: Reference | None = None
+        self,
+        index: int,
+        block: nn.Module,
+        stream: Stream,
+        linears: Sequence[str],
+        reference: Reference | None = None,
+        *,
+        moments: bool = False,
     ) -> dict[str, Evidence]:
         """The evidence of each of `linears`, names relative to block `index`; with `reference`, cross moments too.
 
@@ -63,19 +99,23 @@ class HessianPass:
             )
             for leader in dict.fromkeys(leaders.values())
         }
+        channels = {leader: ChannelMoments(hessian.features, hessian.name) for leader, hessian in sums.items()}
         for number, hidden in enumerate(stream) if sums else ():
             captured = group_inputs(self._runner, index, block, hidden, linears)
-            others: dict[str, Tensor] = {}
-            if reference is not None:
-                others = group_inputs(
-                    self._runner, index, reference.block, reference.stream.read(number), linears
-                ).inputs
             for leader, hessian in sums.items():
                 members = [name for name in linears if leaders[name] == leader]
                 weights = self._batch_weights(index, members, number)
-                hessian.update(captured.inputs[leader], weights=weights, reference=others.get(leader))
+                others = None if reference is None else reference.inputs(leader, number)
+                hessian.update(captured.inputs[leader], weights=weights, reference=others)
+                if moments:
+                    channels[leader].update(captured.inputs[leader])
         found = {
-            leader: Evidence(hessian.mean, hessian.tokens, None if reference is None else hessian.cross_mean)
+            leader: Evidence(
+                hessian.mean,
+                hessian.tokens,
+                None if reference is None else hessian.cross_mean,
+                channels[leader] if moments else None,
+            )
             for leader, hessian in sums.items()
         }
         return {name: found[leaders[name]] for name in linears}

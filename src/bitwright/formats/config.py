@@ -1,4 +1,5 @@
-"""`quantization_config` of config.json: the entries of all quantized modules, written and read strictly.
+"""`quantization_config` of config.json: the entries of all quantized modules, what happens to their inputs, and the
+KV cache, written and read strictly.
 
 A default may change between releases, and a file must not change its meaning with it: every setting is written
 and required, an unknown key or a value of another JSON type is refused.
@@ -8,18 +9,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from bitwright.errors import FormatError
 from bitwright.formats.layout import TensorEntry
+from bitwright.numeric.activation import ActivationSpec, InputSite, KvSpec
 from bitwright.numeric.settings import Settings
 from bitwright.numeric.spec import Bilevel, WeightSpec
 
 QUANT_METHOD = "bitwright"
 FORMAT_NAME = "bitwright-native"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _NEWER = "it was written by a newer bitwright; upgrade bitwright to read it"
 _OLDER = "it was written by a bitwright from before the first release; quantize the model again"
@@ -58,6 +61,33 @@ class _StoredSpec(WeightSpec):
         return WeightSpec(**self.model_dump(exclude={"levels"}))
 
 
+class _StoredActivation(ActivationSpec):
+    """An ActivationSpec as written in config.json."""
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> _StoredActivation:
+        _refuse_defaults(self)
+        return self
+
+
+class _StoredKvCache(KvSpec):
+    """A KvSpec as written in config.json."""
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> _StoredKvCache:
+        _refuse_defaults(self)
+        return self
+
+
+class _StoredInput(Settings):
+    """What happens to the input of one module; `activation` is an index of `activations`."""
+
+    transform: Literal["hadamard"] | None
+    activation: int | None = Field(ge=0)
+    scale: float | None
+    zero: int | None
+
+
 class _StoredTensor(Settings):
     """One entry of `tensors`."""
 
@@ -65,6 +95,7 @@ class _StoredTensor(Settings):
     shape: tuple[int, int]
     outliers: int = Field(default=0, ge=0)
     value_bits: int = 16
+    input: _StoredInput | None = None
 
 
 class _StoredConfig(Settings):
@@ -74,17 +105,36 @@ class _StoredConfig(Settings):
     format: Literal["bitwright-native"]
     version: int
     specs: list[_StoredSpec]
+    activations: list[_StoredActivation]
+    kv_cache: _StoredKvCache | None
     tensors: dict[str, _StoredTensor]
     tied: dict[str, str] = Field(default_factory=dict)
 
 
-def quantization_config(entries: Mapping[str, TensorEntry], tied: Mapping[str, str] | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Sites:
+    """Where a model quantizes what it computes: `inputs` of quantized modules by name, and the KV cache."""
+
+    inputs: Mapping[str, InputSite] = field(default_factory=dict)
+    kv_cache: KvSpec | None = None
+
+
+def quantization_config(
+    entries: Mapping[str, TensorEntry], tied: Mapping[str, str] | None = None, sites: Sites | None = None
+) -> dict[str, Any]:
     """`quantization_config` of config.json for `entries` by module name; equal specs are written once.
 
     `tied` maps a head without tensors of its own to the quantized embedding it shares, such as
-    `{"lm_head": "model.embed_tokens"}`.
+    `{"lm_head": "model.embed_tokens"}`. Without `sites`, inputs and the KV cache stay in float.
+
+    Raises:
+        FormatError: a site is that of a module without an entry.
     """
+    sites = sites or Sites()
+    if strangers := sites.inputs.keys() - entries.keys():
+        raise FormatError(f"the input of {min(strangers)} is quantized, and its weight is not; give it an entry")
     specs = list(dict.fromkeys(entry.spec for entry in entries.values()))
+    activations = list(dict.fromkeys(site.activation for site in sites.inputs.values() if site.activation is not None))
     tensors: dict[str, Any] = {}
     for name, entry in entries.items():
         tensors[name] = {
@@ -93,11 +143,17 @@ def quantization_config(entries: Mapping[str, TensorEntry], tied: Mapping[str, s
             "outliers": entry.outliers,
             "value_bits": entry.value_bits,
         }
+        if name in sites.inputs:
+            site = sites.inputs[name]
+            index = None if site.activation is None else activations.index(site.activation)
+            tensors[name]["input"] = {**site.model_dump(), "activation": index}
     config: dict[str, Any] = {
         "quant_method": QUANT_METHOD,
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,
         "specs": [{**spec.model_dump(), "levels": 1 if spec.bilevel is None else 2} for spec in specs],
+        "activations": [spec.model_dump() for spec in activations],
+        "kv_cache": None if sites.kv_cache is None else sites.kv_cache.model_dump(),
         "tensors": tensors,
     }
     if tied:
@@ -122,6 +178,34 @@ def read_quantization_config(config: Mapping[str, Any]) -> dict[str, TensorEntry
         except FormatError as error:
             raise FormatError(f"quantization_config.tensors.{name}: {error}") from None
     return entries
+
+
+def read_sites(config: Mapping[str, Any]) -> Sites:
+    """What the model quantizes besides weights.
+
+    Raises:
+        FormatError: as `read_quantization_config`; a module's input that is described wrongly.
+    """
+    stored = _read(config)
+    inputs = {}
+    for name, tensor in stored.tensors.items():
+        if tensor.input is not None:
+            try:
+                inputs[name] = _site(tensor.input, stored.activations)
+            except ValueError as error:
+                reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+                raise FormatError(f"quantization_config.tensors.{name}.input: {reason}") from None
+    return Sites(inputs, None if stored.kv_cache is None else KvSpec(**stored.kv_cache.model_dump()))
+
+
+def _site(stored: _StoredInput, activations: list[_StoredActivation]) -> InputSite:
+    if stored.activation is None:
+        spec = None
+    elif stored.activation < len(activations):
+        spec = ActivationSpec(**activations[stored.activation].model_dump())
+    else:
+        raise ValueError(f"activation {stored.activation} of {len(activations)} activations")
+    return InputSite(transform=stored.transform, activation=spec, scale=stored.scale, zero=stored.zero)
 
 
 def read_tied(config: Mapping[str, Any]) -> dict[str, str]:

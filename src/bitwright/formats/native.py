@@ -1,4 +1,4 @@
-"""The native format, version 2: one quantized matrix as a handful of named tensors.
+"""The native format, version 3: one quantized matrix as a handful of named tensors.
 
 `docs/formats/native.md` is the specification; this file follows it, with `layout` (which tensors an entry has),
 `bits` (dense streams of codes), `sparse` (outliers) and `config` (config.json).
@@ -17,8 +17,10 @@ from bitwright.formats.config import (
     FORMAT_NAME,
     FORMAT_VERSION,
     QUANT_METHOD,
+    Sites,
     quantization_config,
     read_quantization_config,
+    read_sites,
     read_tied,
 )
 from bitwright.formats.layout import PART_NAMES, TensorEntry, check_layout, check_part, packed_bytes, parts
@@ -33,6 +35,7 @@ __all__ = [
     "FORMAT_VERSION",
     "PART_NAMES",
     "QUANT_METHOD",
+    "Sites",
     "TensorEntry",
     "check_layout",
     "check_part",
@@ -42,6 +45,7 @@ __all__ = [
     "parts",
     "quantization_config",
     "read_quantization_config",
+    "read_sites",
     "read_tied",
     "unpack",
     "unpack_grid",

@@ -10,17 +10,25 @@ from collections.abc import Callable
 from bitwright.errors import PlanError
 from bitwright.models.adapter import Adapter, block_count
 from bitwright.models.edges import BlockShape, Config
+from bitwright.models.falcon import falcon
+from bitwright.models.gemma3 import gemma3_text
 from bitwright.models.llama import llama, mistral
+from bitwright.models.mixtral import mixtral
 from bitwright.models.opt import opt
 from bitwright.models.qwen2 import qwen2
 from bitwright.models.qwen3 import qwen3
+from bitwright.models.qwen3_moe import qwen3_moe
 
 ADAPTERS: dict[str, Callable[[Config], Adapter]] = {
+    "falcon": falcon,
+    "gemma3_text": gemma3_text,
     "llama": llama,
     "mistral": mistral,
+    "mixtral": mixtral,
     "opt": opt,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
 }
 
 __all__ = ["ADAPTERS", "Adapter", "BlockShape", "adapter_for", "block_count"]

@@ -2,7 +2,8 @@
 
 We run the real `transformers` blocks and never copy a decoder layer; an adapter only says where things are.
 Inside a block names are relative (`self_attn.q_proj`); outside they are whole (`model.embed_tokens`). All are
-module names as the checkpoint spells them: add `.weight` or `.bias` for a tensor.
+module names as the checkpoint spells them: add `.weight` or `.bias` for a tensor. Experts are named as the
+blocks of `transformers` hold them, which checkpoints may spell otherwise (one tensor for each expert).
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ class Adapter:
         edges: the function-preserving rescalings of a block, in order of execution.
         norms: the norms of a block that have weights, in order of execution.
         kept: other modules outside the blocks that have weights, such as learned positions (OPT).
+        routers: the modules of a block that choose experts; they have a `weight` [experts, hidden], are no linears,
+            and stay in float.
+        stacks: the tensors (not modules) of a block that hold all experts' weights, [experts, out, in].
         tied_head: the head uses the embedding's weight and has none in the checkpoint.
 
     Raises:
@@ -45,13 +49,15 @@ class Adapter:
     edges: tuple[Edge, ...]
     norms: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    routers: tuple[str, ...] = ()
+    stacks: tuple[str, ...] = ()
     tied_head: bool = False
 
     def __post_init__(self) -> None:
         """Refuse an adapter that contradicts itself."""
         if len(set(self.linears)) != len(self.linears):
             raise ValueError(f"{self.model_type}: a linear is in two groups of shared_inputs: {self.shared_inputs}")
-        known = {*self.linears, *self.norms}
+        known = {*self.linears, *self.norms, *self.routers, *self.stacks}
         for edge in self.edges:
             if unknown := [name for name in edge.modules if name not in known]:
                 raise ValueError(f"{self.model_type}: {edge} names {unknown}, which is not in the block")

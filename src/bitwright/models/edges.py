@@ -6,6 +6,7 @@ entry per free parameter, the producer is divided and the consumers are multipli
     NormEdge    norm / scale             linears[:, i] * scale        SmoothQuant, AWQ, LET
     LinearEdge  producer rows / scale    consumer[:, i] * scale       V -> O (also under GQA), up -> down
     RotaryEdge  key rows / scale         query rows * scale           Q - K, through RoPE and QK norms
+    ExpertEdge  up half / scale          down[:, :, i] * scale        up -> down of every expert of a stack
 
 An edge says only by which factors tensors are multiplied; `apply_factors` does the multiplication. Both are
 differentiable and never in place, so that learning and fusing run the same arithmetic. Names are relative to
@@ -96,8 +97,9 @@ class Factors:
     """What one stored tensor is multiplied by.
 
     Attributes:
-        rows: factors of the first axis, [out]; the only ones that a bias or a norm vector can have.
-        columns: factors of the second axis, [in].
+        rows: factors of the outputs, [out]; the only ones that a bias or a norm vector can have. Of a stack of
+            experts [experts, out].
+        columns: factors of the inputs, the last axis, [in]. Of a stack [in], or [experts, in] where they differ.
         offset: the constant that the model adds to the stored value (Gemma multiplies by `1 + weight`).
     """
 
@@ -111,17 +113,24 @@ class NormEdge:
     """A norm and all the linears that read its output; nothing else may read it.
 
     `scale` is [hidden]: the norm's weight and bias are divided by it, the columns of the linears multiplied.
-    `offset` is the constant the norm adds to its stored weight.
+    `offset` is the constant the norm adds to its stored weight. A router counts as a linear; `stacks` are the
+    tensors [experts, out, hidden] of experts that read the norm as well.
     """
 
     norm: str
     linears: tuple[str, ...]
     offset: float = 0.0
+    stacks: tuple[str, ...] = ()
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The modules it touches, producer first."""
-        return (self.norm, *self.linears)
+        """The modules and stacks it touches, producer first."""
+        return (self.norm, *self.linears, *self.stacks)
+
+    @property
+    def consumers(self) -> dict[str, str]:
+        """Tensor whose columns are multiplied, by the name of its linear or stack."""
+        return {name: f"{name}.weight" for name in self.linears} | {name: name for name in self.stacks}
 
     def width(self, shape: BlockShape) -> int:
         """Number of scale parameters."""
@@ -131,7 +140,7 @@ class NormEdge:
         """Factors by tensor name, for `scale` [hidden]."""
         _check_scale(self, scale, shape)
         factors = _row_factors(self.norm, 1 / scale, self.offset)
-        factors |= {f"{name}.weight": Factors(columns=scale) for name in self.linears}
+        factors |= {tensor: Factors(columns=scale) for tensor in self.consumers.values()}
         return factors
 
 
@@ -152,6 +161,11 @@ class LinearEdge:
         """The modules it touches, producer first."""
         return (self.producer, self.consumer)
 
+    @property
+    def consumers(self) -> dict[str, str]:
+        """Tensor whose columns are multiplied, by the name of its linear."""
+        return {self.consumer: f"{self.consumer}.weight"}
+
     def width(self, shape: BlockShape) -> int:
         """Number of scale parameters."""
         return shape.kv_heads * shape.head_dim if self.attention else shape.intermediate
@@ -159,7 +173,7 @@ class LinearEdge:
     def factors(self, scale: Tensor, shape: BlockShape) -> dict[str, Factors]:
         """Factors by tensor name, for `scale` [kv_heads * head_dim] or [intermediate]."""
         _check_scale(self, scale, shape)
-        columns = _per_query_head(scale, shape) if self.attention else scale
+        columns = per_query_head(scale, shape) if self.attention else scale
         return _row_factors(self.producer, 1 / scale) | {f"{self.consumer}.weight": Factors(columns=columns)}
 
 
@@ -188,6 +202,11 @@ class RotaryEdge:
         """The modules it touches, producer first."""
         return (self.query, self.key)
 
+    @property
+    def consumers(self) -> dict[str, str]:
+        """None: no columns are multiplied."""
+        return {}
+
     def width(self, shape: BlockShape) -> int:
         """Number of scale parameters."""
         per_head = shape.head_dim - self._rotated(shape) // 2
@@ -197,7 +216,7 @@ class RotaryEdge:
         """Factors by tensor name, for `scale` [kv_heads * (head_dim - rotary / 2)] (one head's if shared)."""
         _check_scale(self, scale, shape)
         keys = self._per_dim(scale, shape)
-        queries = keys if self.shared else _per_query_head(keys, shape)
+        queries = keys if self.shared else per_query_head(keys, shape)
         return _row_factors(self.query, queries, self.offset) | _row_factors(self.key, 1 / keys, self.offset)
 
     def _rotated(self, shape: BlockShape) -> int:
@@ -212,7 +231,41 @@ class RotaryEdge:
         return torch.cat([both, free], dim=1).flatten()
 
 
-Edge = NormEdge | LinearEdge | RotaryEdge
+@dataclass(frozen=True)
+class ExpertEdge:
+    """The linear half of a gated feed-forward and what reads it, in each of a stack of experts.
+
+    `gate_up` is a tensor [experts, 2 * intermediate, hidden] with the gates first, `down` one [experts, hidden,
+    intermediate]. `scale` is [experts * intermediate], expert after expert.
+    """
+
+    gate_up: str
+    down: str
+    experts: int
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The stacks it touches, producer first."""
+        return (self.gate_up, self.down)
+
+    @property
+    def consumers(self) -> dict[str, str]:
+        """Tensor whose columns are multiplied, by the name of its stack."""
+        return {self.down: self.down}
+
+    def width(self, shape: BlockShape) -> int:
+        """Number of scale parameters."""
+        return self.experts * shape.intermediate
+
+    def factors(self, scale: Tensor, shape: BlockShape) -> dict[str, Factors]:
+        """Factors by tensor name, for `scale` [experts * intermediate]."""
+        _check_scale(self, scale, shape)
+        by_expert = scale.reshape(self.experts, shape.intermediate)
+        rows = torch.cat([torch.ones_like(by_expert), 1 / by_expert], dim=1)
+        return {self.gate_up: Factors(rows=rows), self.down: Factors(columns=by_expert)}
+
+
+Edge = NormEdge | LinearEdge | RotaryEdge | ExpertEdge
 
 
 def merge_factors(several: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
@@ -233,23 +286,41 @@ def apply_factors(tensor: Tensor, factors: Factors) -> Tensor:
     """`tensor` multiplied by its factors; a new tensor that carries gradients to both.
 
     Args:
-        tensor: a weight [out, in], or a bias or norm vector [out].
-        factors: `rows` [out] and `columns` [in], each optional. Multiplying mixed dtypes promotes, so fp32
-            factors give an fp32 result: rounding to the stored dtype is the caller's decision.
+        tensor: a weight [out, in], a stack of experts [experts, out, in], or a bias or norm vector [out].
+        factors: `rows` and `columns`, each optional. Multiplying mixed dtypes promotes, so fp32
+            factors give an fp32 result: rounding to the stored dtype is the caller's decision. Factors of one
+            change no bit.
 
     Raises:
         ValueError: the factors do not have the sizes of the tensor.
     """
-    wanted = (factors.rows, factors.columns)
-    for axis, factor in enumerate(wanted):
-        if factor is not None and (axis >= tensor.ndim or factor.shape != (tensor.shape[axis],)):
-            raise ValueError(f"factors {tuple(factor.shape)} do not fit axis {axis} of a tensor {tuple(tensor.shape)}")
-    scaled = tensor if factors.columns is None else tensor * factors.columns
+    _check_factors(tensor, factors)
+    stacked = tensor.ndim > 2
+    scaled = tensor
+    if factors.columns is not None:
+        scaled = tensor * (factors.columns.unsqueeze(-2) if stacked else factors.columns)
     if factors.rows is None:
         return scaled
-    rows = factors.rows.reshape(-1, *[1] * (tensor.ndim - 1))
-    # (t + offset) * rows - offset, without rounding t + offset in the dtype of t
-    return scaled * rows + factors.offset * (rows - 1) if factors.offset else scaled * rows
+    rows = factors.rows.reshape(*factors.rows.shape, *[1] * (tensor.ndim - factors.rows.ndim))
+    # (t + offset) * rows - offset, without rounding t + offset in the dtype of t; subtracting 0 keeps a t of -0
+    return scaled * rows - factors.offset * (1 - rows) if factors.offset else scaled * rows
+
+
+def per_query_head(channels: Tensor, shape: BlockShape) -> Tensor:
+    """Repeat each key-value head for the query heads of its group: [kv_heads * d] -> [heads * d]."""
+    return channels.reshape(shape.kv_heads, -1).repeat_interleave(shape.queries_per_kv, dim=0).flatten()
+
+
+def _check_factors(tensor: Tensor, factors: Factors) -> None:
+    """Refuse sizes that would broadcast into something else."""
+    rows, columns, size = factors.rows, factors.columns, tensor.shape
+    wrong = None
+    if rows is not None and rows.shape != (size[:-1] if tensor.ndim > 2 else size[:1]):
+        wrong = (rows, 0)
+    elif columns is not None and (tensor.ndim < 2 or columns.shape not in (size[-1:], (*size[:-2], size[-1]))):
+        wrong = (columns, tensor.ndim - 1 if tensor.ndim > 1 else 1)
+    if wrong is not None:
+        raise ValueError(f"factors {tuple(wrong[0].shape)} do not fit axis {wrong[1]} of a tensor {tuple(size)}")
 
 
 def _first(config: Config, *keys: str) -> Any:
@@ -265,11 +336,6 @@ def _check_scale(edge: Edge, scale: Tensor, shape: BlockShape) -> None:
 def _row_factors(module: str, rows: Tensor, offset: float = 0.0) -> dict[str, Factors]:
     """Factors of everything that a linear or a norm adds up to its output channels, [out]."""
     return {f"{module}.weight": Factors(rows=rows, offset=offset), f"{module}.bias": Factors(rows=rows)}
-
-
-def _per_query_head(channels: Tensor, shape: BlockShape) -> Tensor:
-    """Repeat each key-value head for the query heads of its group: [kv_heads * d] -> [heads * d]."""
-    return channels.reshape(shape.kv_heads, -1).repeat_interleave(shape.queries_per_kv, dim=0).flatten()
 
 
 def _product(name: str, one: Factors, other: Factors) -> Factors:

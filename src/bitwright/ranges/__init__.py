@@ -1,6 +1,6 @@
 """Ranges: given the weights of a group, pick its scale and zero.
 
-Every range is a frozen settings class and one pure function
+Every range but `clip`, whose shares come from learning or a search, is a frozen settings class and one pure function
 
     fit(weights [n, width], inliers [n, width] | None, importance [n, width] | None, spec, settings)
         -> (scale [n], zero [n])
@@ -13,6 +13,7 @@ any. The contract: never worse than `minmax` on the range's own declared objecti
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from pydantic import Field
@@ -20,14 +21,16 @@ from torch import Tensor
 
 from bitwright.numeric.grid import Grid, group_rows, ungroup_rows
 from bitwright.numeric.spec import WeightSpec
-from bitwright.ranges import bilevel, hqq, minmax, mse
+from bitwright.ranges import bilevel, clip, hqq, minmax, mse
 from bitwright.ranges.bilevel import quantize_levels
+from bitwright.ranges.clip import Clip, Clipping
 from bitwright.ranges.hqq import Hqq
 from bitwright.ranges.minmax import Minmax
 from bitwright.ranges.mse import Mse, MseAdam
 from bitwright.ranges.refine import refine_levels
 
-RangeSettings = Annotated[Minmax | Mse | MseAdam | Hqq, Field(discriminator="name")]
+AnyRange = Minmax | Mse | MseAdam | Hqq | Clip
+RangeSettings = Annotated[AnyRange, Field(discriminator="name")]
 
 RANGES: dict[type, Callable[..., tuple[Tensor, Tensor]]] = {
     Minmax: minmax.fit,
@@ -37,33 +40,52 @@ RANGES: dict[type, Callable[..., tuple[Tensor, Tensor]]] = {
 }
 
 
-def fit_grid(
-    weight: Tensor,
-    inliers: Tensor | None,
-    importance: Tensor | None,
-    spec: WeightSpec,
-    settings: Minmax | Mse | MseAdam | Hqq,
-) -> Grid:
-    """The grid of a matrix: `settings`' range applied to every group of every row.
+@dataclass(frozen=True)
+class Ranging:
+    """How the grid of one matrix is chosen: its spec, a range, and for `Clip` the shares that were found."""
+
+    spec: WeightSpec
+    settings: AnyRange
+    clipping: Clipping | None = None
+
+    def fit(self, weight: Tensor, inliers: Tensor | None = None, importance: Tensor | None = None) -> Grid:
+        """The grid of `weight` [out, in]; see `fit_grid`."""
+        return fit_grid(weight, inliers, importance, self)
+
+    def groups(self, groups: slice) -> Ranging:
+        """For consecutive groups of the matrix."""
+        return self if self.clipping is None else replace(self, clipping=self.clipping.groups(groups))
+
+    def rows(self, rows: slice) -> Ranging:
+        """For consecutive rows of the matrix."""
+        return self if self.clipping is None else replace(self, clipping=self.clipping.rows(rows))
+
+
+def fit_grid(weight: Tensor, inliers: Tensor | None, importance: Tensor | None, ranging: Ranging) -> Grid:
+    """The grid of a matrix: the range applied to every group of every row.
 
     `weight`, `inliers` and `importance` are [out, in] (`importance` may be [1, in]); ragged last groups are
     fitted on their own width. With `spec.bilevel`, groups are fitted as if they had one level of float32 scales,
     then quantized together with those of their superblock, and for `Mse`, whose objective that is, refined: fit
     whole superblocks (`spec.row_multiple` rows, `spec.group_multiple` groups) at once.
     """
+    spec, settings = ranging.spec, ranging.settings
     if importance is not None:
         importance = importance.expand_as(weight)
-    fit = RANGES[type(settings)]
-    one_level = spec.one_level
     missing = [None] * len(group_rows(weight[:1], spec))
     scales, zeros, frees = [], [], []
-    for part, part_inliers, part_importance in zip(
+    for part, part_inliers, part_importance, shares in zip(
         group_rows(weight, spec),
         missing if inliers is None else group_rows(inliers, spec),
         missing if importance is None else group_rows(importance, spec),
+        missing if ranging.clipping is None else _shares(ranging.clipping, weight, spec),
         strict=True,
     ):
-        scale, zero = fit(part, part_inliers, part_importance, one_level, settings)
+        if isinstance(settings, Clip):
+            scale, zero = clip.fit(part, part_inliers, shares, spec.one_level)
+        else:
+            fit = RANGES[type(settings)]
+            scale, zero = fit(part, part_inliers, part_importance, spec.one_level, settings)
         if spec.bilevel is not None:
             scale, zero, free = bilevel.settle_equal(part, part_inliers, (scale, zero), spec)
             frees.append(free)
@@ -79,10 +101,30 @@ def fit_grid(
     return refine_levels(weight, _weighing(inliers, importance), grid, free)
 
 
+def _shares(clipping: Clipping, weight: Tensor, spec: WeightSpec) -> list[tuple[Tensor, Tensor]]:
+    """(upper, lower) of each part of `group_rows`, one share per row of it."""
+    full = weight.shape[1] // spec.group_width(weight.shape[1])
+    parts = [slice(0, full), slice(full, None)][: len(group_rows(weight[:1], spec))]
+    return [(clipping.upper[:, part].flatten(), clipping.lower[:, part].flatten()) for part in parts]
+
+
 def _weighing(inliers: Tensor | None, importance: Tensor | None) -> Tensor | None:
     if inliers is None:
         return importance
     return inliers.float() if importance is None else importance * inliers
 
 
-__all__ = ["RANGES", "Hqq", "Minmax", "Mse", "MseAdam", "RangeSettings", "fit_grid", "quantize_levels"]
+__all__ = [
+    "RANGES",
+    "AnyRange",
+    "Clip",
+    "Clipping",
+    "Hqq",
+    "Minmax",
+    "Mse",
+    "MseAdam",
+    "RangeSettings",
+    "Ranging",
+    "fit_grid",
+    "quantize_levels",
+]

@@ -29,8 +29,7 @@ from bitwright.numeric.grid import Grid
 from bitwright.numeric.outliers import NoOutliers, NSigma, Outliers, outlier_threshold
 from bitwright.numeric.qtensor import QTensor
 from bitwright.numeric.settings import Settings
-from bitwright.numeric.spec import WeightSpec
-from bitwright.ranges import Hqq, Minmax, Mse, MseAdam, fit_grid
+from bitwright.ranges import Ranging
 from bitwright.rounding.columns import ColumnGrid, refine_codes, round_columns
 from bitwright.rounding.factor import Factor, Order, factorize
 from bitwright.rounding.rescale import refit_scales
@@ -80,19 +79,14 @@ class Rounded:
 
 
 def quantize_gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    spec: WeightSpec,
-    range_settings: Minmax | Mse | MseAdam | Hqq,
-    policy: NoOutliers | NSigma | Obs,
-    settings: Gptq,
+    weight: Tensor, hessian: Tensor, ranging: Ranging, policy: NoOutliers | NSigma | Obs, settings: Gptq
 ) -> Rounded:
     """`weight` [out, in], any float dtype, rounded column by column under `hessian` [in, in].
 
     A Hessian of zeros, or one that no damping makes positive definite, is reported in `fallbacks`; the result is
     then the nearest codes.
     """
-    job = _Job(weight.float(), hessian, spec, range_settings, policy, settings)
+    job = _Job(weight.float(), hessian, ranging, policy, settings)
     with job.watch.phase("columns"):
         codes, target, error, mask = job.run()
         if job.aims_at_a_share:
@@ -131,16 +125,10 @@ class _Job:
     """One matrix on its way through the columns."""
 
     def __init__(
-        self,
-        weight: Tensor,
-        hessian: Tensor,
-        spec: WeightSpec,
-        range_settings: Minmax | Mse | MseAdam | Hqq,
-        policy: NoOutliers | NSigma | Obs,
-        settings: Gptq,
+        self, weight: Tensor, hessian: Tensor, ranging: Ranging, policy: NoOutliers | NSigma | Obs, settings: Gptq
     ):
-        self.weight, self.spec = weight, spec
-        self.range_settings, self.policy, self.settings = range_settings, policy, settings
+        self.weight, self.ranging, self.policy, self.settings = weight, ranging, policy, settings
+        self.spec = spec = ranging.spec
         self.width = spec.group_width(weight.shape[1])
         self.limit: Tensor | None = None
         self.keep: Tensor | None = None
@@ -202,7 +190,7 @@ class _Job:
         columns = slice(first * self.width, min(last * self.width, self.weight.shape[1]))
         inliers = None if self.inliers is None else self.inliers[:, columns]
         importance = None if self.importance is None else self.importance[:, columns]
-        grid = fit_grid(weight, inliers, importance, self.spec, self.range_settings)
+        grid = self.ranging.groups(slice(first, last)).fit(weight, inliers, importance)
         self.grids[first:last] = [grid] + [None] * (last - first - 1)
 
     def grid(self) -> Grid:

@@ -11,8 +11,7 @@ from bitwright.numeric.grid import Grid, encode
 from bitwright.numeric.outliers import NoOutliers, NSigma, Outliers, outlier_threshold
 from bitwright.numeric.qtensor import QTensor
 from bitwright.numeric.settings import Settings
-from bitwright.numeric.spec import WeightSpec
-from bitwright.ranges import Hqq, Minmax, Mse, MseAdam, fit_grid
+from bitwright.ranges import Ranging
 
 # Weights of one chunk for each thread: so few that the passes of a range search stay in the second-level cache.
 CHUNK_WEIGHTS = 1 << 17
@@ -36,11 +35,7 @@ def row_chunks(shape: tuple[int, int], multiple: int = 1) -> list[slice]:
 
 
 def quantize_nearest(
-    weight: Tensor,
-    importance: Tensor | None,
-    spec: WeightSpec,
-    range_settings: Minmax | Mse | MseAdam | Hqq,
-    policy: NoOutliers | NSigma,
+    weight: Tensor, importance: Tensor | None, ranging: Ranging, policy: NoOutliers | NSigma
 ) -> QTensor:
     """`weight` [out, in], any float dtype, on the nearest codes of the grids that the range picks.
 
@@ -48,6 +43,7 @@ def quantize_nearest(
     the outlier threshold, so the result does not depend on the chunking. Outliers keep the nearest code of
     their own value beneath, and store target minus that code's value.
     """
+    spec = ranging.spec
     chunks = row_chunks((weight.shape[0], weight.shape[1]), spec.row_multiple)
     threshold = outlier_threshold(weight, policy, chunks)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
@@ -56,7 +52,7 @@ def quantize_nearest(
         part = weight[rows].float()
         part_importance = importance if importance is None or importance.shape[0] == 1 else importance[rows]
         mask = None if threshold is None else threshold.select(rows, part)
-        grid = fit_grid(part, None if mask is None else ~mask, part_importance, spec, range_settings)
+        grid = ranging.rows(rows).fit(part, None if mask is None else ~mask, part_importance)
         scale, zero = grid.expand(part.shape[1])
         part_codes = encode(part, scale, zero, spec)
         codes[rows] = part_codes.to(torch.uint8)

@@ -4,7 +4,8 @@
 named in config.json are replaced, while the model is still on the meta device, by the modules of
 `runtime.linear`, whose buffers then receive the stored tensors unchanged whatever `dtype` was asked for. A
 checkpoint is checked twice before any kernel may read it: names, shapes and types from the headers, and the
-contents after loading.
+contents after loading. What config.json says of inputs and of the KV cache is simulated while the model runs; an
+attention implementation set afterwards (`set_attn_implementation`) would leave the KV cache in float.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ from bitwright.formats.native import (
     parts,
     quantization_config,
     read_quantization_config,
+    read_sites,
     read_tied,
 )
+from bitwright.numeric.activation import InputSite
+from bitwright.numeric.hadamard import hadamard_blocks
+from bitwright.runtime.attention import KvQuantization, quantize_kv
 from bitwright.runtime.linear import PackedModule, QuantizedEmbedding, QuantizedLinear, TiedLinear
 
 # Names of types in safetensors headers, as far as the native format uses them.
@@ -57,7 +62,7 @@ def register() -> None:
 
 
 class BitwrightConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a native folder: `entries` by module name, and `tied` heads."""
+    """The `quantization_config` of a native folder: `entries` by module name, `tied` heads, and `sites`."""
 
     def __init__(self, **config: Any) -> None:
         """Read the JSON object `config`.
@@ -68,10 +73,11 @@ class BitwrightConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD
         self.entries = read_quantization_config(config)
         self.tied = read_tied(config)
+        self.sites = read_sites(config)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object, as `save_pretrained` writes it."""
-        return quantization_config(self.entries, self.tied)
+        return quantization_config(self.entries, self.tied, self.sites)
 
 
 class BitwrightQuantizer(HfQuantizer):
@@ -85,12 +91,13 @@ class BitwrightQuantizer(HfQuantizer):
         # Full names of the tensors that packed modules need, and of those the checkpoint has had so far.
         self._needed: dict[str, tuple[tuple[int, ...], torch.dtype] | None] = {}
         self._found: set[str] = set()
+        self._kv_cache: KvQuantization | None = None
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
         _refuse_tied_weights(model, {*config.entries, *config.tied})
         for name, entry in config.entries.items():
-            module = _packed_module(name, _find(model, name), entry)
+            module = _packed_module(name, _find(model, name), entry, config.sites.inputs.get(name))
             model.set_submodule(name, module)
             self._needed |= {f"{name}.{part}": layout for part, layout in parts(entry).items()}
             if getattr(module, "bias", None) is not None:
@@ -133,9 +140,18 @@ class BitwrightQuantizer(HfQuantizer):
             if any(tensor.is_meta for tensor in stored.values()):
                 raise FormatError(f"{name}: its packed weights were offloaded; load with offload_buffers=False")
             check_parts(name, stored, module.entry)
+        kv_cache = self.quantization_config.sites.kv_cache
+        if kv_cache is not None:
+            try:
+                self._kv_cache = quantize_kv(model, kv_cache)
+            except ValueError as error:
+                raise FormatError(f"quantization_config.kv_cache: {error}") from error
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+        """Plain modules with the decoded weights, for inputs as they come; nothing else is quantized any more."""
+        if self._kv_cache is not None:
+            self._kv_cache.remove()
         heads = {name: module for name, module in model.named_modules() if isinstance(module, TiedLinear)}
         packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
         for name, module in packed.items():
@@ -193,7 +209,7 @@ def _refuse_tied_weights(model: PreTrainedModel, quantized: set[str]) -> None:
                 raise FormatError(f"config.json: tie_word_embeddings is true, needed false: {name} is quantized")
 
 
-def _packed_module(name: str, module: nn.Module, entry: TensorEntry) -> PackedModule:
+def _packed_module(name: str, module: nn.Module, entry: TensorEntry, site: InputSite | None) -> PackedModule:
     """The packed stand-in, on the meta device, for `module`."""
     # Subclasses compute something else besides (Gemma scales its embedding): replacing them would lose it.
     if not isinstance(module, nn.Linear | nn.Embedding) or type(module) not in (nn.Linear, nn.Embedding):
@@ -202,8 +218,10 @@ def _packed_module(name: str, module: nn.Module, entry: TensorEntry) -> PackedMo
     if tuple(weight.shape) != entry.shape:
         raise FormatError(f"{name}: the model needs {list(weight.shape)}, config.json says {list(entry.shape)}")
     if isinstance(module, nn.Embedding):
+        if site is not None:
+            raise FormatError(f"quantization_config.tensors.{name}.input: {name} is an embedding, needed a linear")
         return QuantizedEmbedding(entry, weight.dtype, device="meta")
-    return QuantizedLinear(entry, module.bias is not None, weight.dtype, device="meta")
+    return QuantizedLinear(entry, module.bias is not None, weight.dtype, "meta", site)
 
 
 def _tied_head(name: str, head: nn.Module, embedding: nn.Module) -> TiedLinear:
@@ -220,7 +238,13 @@ def _tied_head(name: str, head: nn.Module, embedding: nn.Module) -> TiedLinear:
 
 def _plain_module(module: PackedModule, dtype: torch.dtype) -> nn.Module:
     """nn.Linear or nn.Embedding with the decoded weights of `module`."""
-    weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+    site = module.site if isinstance(module, QuantizedLinear) else None
+    if site is None or site.transform is None:
+        decoded = module.dequantize(dtype)
+    else:
+        # The transform is its own transpose: what it did to inputs, it does to the rows of the weight.
+        decoded = hadamard_blocks(module.dequantize()).to(dtype)
+    weight = nn.Parameter(decoded, requires_grad=False)
     if isinstance(module, QuantizedEmbedding):
         embedding = nn.Embedding(*module.entry.shape, device="meta", dtype=dtype)
         embedding.weight = weight

@@ -8,24 +8,31 @@ the grid under its codes. Only the bias and an embedding's output follow `module
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from bitwright.formats.native import PART_NAMES, TensorEntry, check_parts, pack, parts, unpack
+from bitwright.numeric.activation import InputSite
 from bitwright.numeric.qtensor import QTensor
 from bitwright.runtime import ops, reference
+from bitwright.runtime.cpu import CpuMode, CpuWeight, HeldWeight, direct
 from bitwright.runtime.reference import PackedWeight
 
 
 class PackedModule(nn.Module):
     """Base of the modules that own a packed matrix [out, in]; its buffers are the parts of `entry`."""
 
+    # Arithmetic of products on the CPU; see `runtime.cpu` and `set_cpu_mode`.
+    cpu_mode: CpuMode = "exact"
+
     def __init__(self, entry: TensorEntry, device: torch.device | str | None = None) -> None:
         """Uninitialized buffers on `device` ("meta" allocates nothing)."""
         super().__init__()
         self.entry = entry
         self.out_features, self.in_features = entry.shape
+        self._held = HeldWeight()
         for name, (shape, dtype) in parts(entry).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
 
@@ -36,6 +43,20 @@ class PackedModule(nn.Module):
     def packed(self) -> PackedWeight:
         """The parts as a kernel receives them."""
         return PackedWeight.of(self.stored(), self.entry.spec, self.in_features)
+
+    def cpu_weight(self) -> CpuWeight | None:
+        """The parts as laid out for the compiled kernels, made when first asked for; None where there are none."""
+        kernel = ops.cpu_kernel()
+        if kernel is None:
+            return None
+        return self._held.get(kernel, [buffer for buffer in self._buffers.values() if buffer is not None], self.packed)
+
+    def product(self, x: Tensor, bias: Tensor | None, mode: CpuMode) -> Tensor:
+        """`x` [..., in] times the transposed weight, plus `bias` [out]; `mode` only matters to the compiled kernels."""
+        # What is not plain and right goes through the operator, whose checks say what is wrong.
+        fits = direct(x) and x.dtype in CpuWeight.DTYPES and x.dim() > 0 and x.shape[-1] == self.in_features
+        weight = self.cpu_weight() if fits else None
+        return ops.linear(x, self.packed(), bias) if weight is None else weight.linear(x, bias, mode)
 
     def load_parts(self, name: str, stored: Mapping[str, Tensor]) -> None:
         """Take over `stored` after checking it; `name` goes into messages.
@@ -71,7 +92,10 @@ class PackedModule(nn.Module):
 
 
 class QuantizedLinear(PackedModule):
-    """`nn.Linear` over packed weights; the optional `bias` [out] is a plain parameter."""
+    """`nn.Linear` over packed weights; the optional `bias` [out] is a plain parameter.
+
+    `site` says what happens to the input first (simulated: it stays float); None leaves it alone.
+    """
 
     def __init__(
         self,
@@ -79,27 +103,35 @@ class QuantizedLinear(PackedModule):
         bias: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        site: InputSite | None = None,
     ) -> None:
         """Uninitialized; `dtype` is the type of the bias."""
         super().__init__(entry, device)
+        self.site = site
         empty = torch.empty(self.out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
 
     @classmethod
-    def from_qtensor(cls, q: QTensor, bias: Tensor | None = None) -> QuantizedLinear:
-        """The module that computes with `q` and `bias` [out].
+    def from_qtensor(cls, q: QTensor, bias: Tensor | None = None, site: InputSite | None = None) -> QuantizedLinear:
+        """The module that computes with `q` and `bias` [out] on inputs as `site` has them.
 
         Raises:
             FormatError: `q` is inconsistent or not representable as stored.
         """
-        module = cls(TensorEntry.of(q), device="meta")
+        module = cls(TensorEntry.of(q), device="meta", site=site)
         module.load_parts("QTensor", pack(q))
         module.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         return module
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in] to [..., out] of the type of `x`."""
-        return ops.linear(x, self.packed(), self.bias)
+        if self.site is not None:
+            x = self.site.apply(x)
+        return self.product(x, self.bias, self.cpu_mode)
+
+    def extra_repr(self) -> str:
+        """As other packed modules, and the site."""
+        return super().extra_repr() + ("" if self.site is None else f", input={self.site.label()}")
 
 
 class QuantizedEmbedding(PackedModule):
@@ -136,11 +168,16 @@ class QuantizedEmbedding(PackedModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows `ids` (any shape), [*ids.shape, in]."""
-        return ops.embedding(ids, self.packed(), self.output_dtype)
+        weight = self.cpu_weight() if direct(ids) and ids.dtype in (torch.int32, torch.int64) else None
+        if weight is None:
+            return ops.embedding(ids, self.packed(), self.output_dtype)
+        return weight.rows(ids, self.output_dtype)
 
 
 class TiedLinear(nn.Module):
     """A head [rows, in] that multiplies by a quantized embedding's weight and owns no tensor of its own."""
+
+    cpu_mode: CpuMode = "exact"
 
     def __init__(self, embedding: QuantizedEmbedding) -> None:
         """Share `embedding`; it must stay part of the same model, which moves and saves it."""
@@ -156,8 +193,26 @@ class TiedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in] to [..., rows] of the type of `x`."""
-        return ops.linear(x, self.embedding.packed())
+        return self.embedding.product(x, None, self.cpu_mode)
 
     def extra_repr(self) -> str:
         """Sizes, as printed in the model."""
         return f"{self.in_features}, {self.out_features}, tied"
+
+
+def set_cpu_mode(model: nn.Module, mode: CpuMode) -> None:
+    """Declare the arithmetic of the compiled CPU kernels for all quantized linears and heads of `model`.
+
+    `exact`, the default: float32 inputs. `fast`: inputs in int8, some 0.5 % off (see `runtime.cpu`); ignored where the
+    compiled kernels do not serve: other devices, `torch.compile`, float64.
+
+    Raises:
+        ValueError: there is no such mode, or `model` has no quantized linear.
+    """
+    if mode not in get_args(CpuMode):
+        raise ValueError(f"mode is {mode!r}, needed one of {', '.join(get_args(CpuMode))}")
+    modules = [module for module in model.modules() if isinstance(module, QuantizedLinear | TiedLinear)]
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no quantized linear; load a folder of the native format")
+    for module in modules:
+        module.cpu_mode = mode

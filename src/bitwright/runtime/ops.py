@@ -20,6 +20,7 @@ from torch import Tensor
 from bitwright.errors import FormatError
 from bitwright.formats.native import PART_NAMES, TensorEntry, check_layout
 from bitwright.runtime import reference
+from bitwright.runtime.cpu import CpuKernel
 from bitwright.runtime.reference import PackedWeight
 
 LinearKernel = Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
@@ -34,8 +35,9 @@ _LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, {_LAYOUT}) -> Tensor
 _LIBRARY.define(f"embedding(Tensor ids, {_WEIGHT}, {_LAYOUT}, ScalarType dtype) -> Tensor")
 
 # Device type -> kernel; `reference` serves every device that is not here.
-_linear_kernels: dict[str, LinearKernel] = {}
-_embedding_kernels: dict[str, EmbeddingKernel] = {}
+_cpu = CpuKernel()
+_linear_kernels: dict[str, LinearKernel] = {"cpu": _cpu.linear}
+_embedding_kernels: dict[str, EmbeddingKernel] = {"cpu": _cpu.embedding}
 
 
 def set_linear_kernel(device_type: str, kernel: LinearKernel | None) -> None:
@@ -52,6 +54,11 @@ def set_embedding_kernel(device_type: str, kernel: EmbeddingKernel | None) -> No
         _embedding_kernels.pop(device_type, None)
     else:
         _embedding_kernels[device_type] = kernel
+
+
+def cpu_kernel() -> CpuKernel | None:
+    """The compiled kernels, if they serve the CPU: modules may call them directly, past the operators' checks."""
+    return _cpu if _linear_kernels.get("cpu") == _cpu.linear else None
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:

@@ -1,0 +1,225 @@
+#include "matmul.hpp"
+
+#include <algorithm>
+#include <vector>
+
+#include "pool.hpp"
+#include "scratch.hpp"
+
+namespace bitwright {
+
+const MatmulKernels& matmul_kernels_baseline();
+#if defined(__x86_64__)
+const MatmulKernels& matmul_kernels_avx2();
+const MatmulKernels& matmul_kernels_avx512();
+const MatmulKernels& matmul_kernels_avx512vnni();
+#endif
+
+namespace {
+
+// Rows of x packed at once: bounds memory, and decodes weights often enough not to matter.
+constexpr std::int64_t MOST_ROWS = 512;
+// Tiles that take turns over one block of x, so that x comes from memory once for all of them.
+constexpr int BATCH = 4;
+// Blocks of rows of x: full ones of `size`, and a last one of the least power of two that holds the rest.
+struct Blocks {
+  std::int64_t rows;
+  int size;
+
+  std::int64_t count() const { return (rows + size - 1) / size; }
+  int mr(std::int64_t block) const {
+    int power = 1;
+    while (power < rows - block * size && power < size) power *= 2;
+    return power;
+  }
+  int valid(std::int64_t block) const { return static_cast<int>(std::min<std::int64_t>(size, rows - block * size)); }
+};
+
+// One call's inputs, packed, and where they are: floats in blocks [padded columns][mr], and int8 likewise.
+struct Inputs {
+  Blocks blocks;
+  float* floats = nullptr;
+  std::int8_t* codes = nullptr;
+  float* steps = nullptr;
+  float* sums = nullptr;
+
+  const float* block_floats(const PackedMatrix& w, std::int64_t block) const {
+    return floats + block * blocks.size * w.chunks * CHUNK;
+  }
+  Quantized quantized(const PackedMatrix& w, std::int64_t block) const {
+    const std::int64_t first = block * blocks.size;
+    return {codes + first * w.chunks * CHUNK, steps + first * w.chunks, sums + first * w.padded_groups};
+  }
+};
+
+// What a worker needs for a batch of tiles.
+struct Workspace {
+  float* scale;    // [BATCH][padded groups][TILE]
+  float* zero;     // the same
+  float* weights;  // [BATCH], a panel each
+  float* y;        // [BATCH][blocks * size][TILE]
+};
+
+struct Call {
+  const PackedMatrix& w;
+  const MatmulTask& task;
+  const MatmulKernels& kernels;
+  Inputs inputs;
+  std::int64_t first_row;  // of task.x, in this part
+};
+
+void prepare_block(const Call& call, std::int64_t block) {
+  const Blocks& blocks = call.inputs.blocks;
+  const float* x = call.task.x + (call.first_row + block * blocks.size) * call.w.in;
+  const int rows = blocks.valid(block), mr = blocks.mr(block);
+  if (call.inputs.floats != nullptr) {
+    call.kernels.pack(call.w, x, rows, mr, call.inputs.floats + block * blocks.size * call.w.chunks * CHUNK);
+  }
+  if (call.inputs.codes != nullptr) {
+    call.kernels.quantize(call.w, x, rows, mr, call.inputs.quantized(call.w, block));
+  }
+}
+
+// Rows of the matrix to y, with the bias.
+void store_tile(const Call& call, std::int64_t tile, const float* y) {
+  const std::int64_t first = tile * TILE, rows = call.inputs.blocks.rows;
+  const int lanes = static_cast<int>(std::min<std::int64_t>(TILE, call.w.out - first));
+  for (std::int64_t m = 0; m < rows; ++m) {
+    float* to = call.task.y + (call.first_row + m) * call.w.out + first;
+    for (int lane = 0; lane < lanes; ++lane) {
+      to[lane] = y[m * TILE + lane] + (call.task.bias == nullptr ? 0.0f : call.task.bias[first + lane]);
+    }
+  }
+}
+
+// Adds the residuals of one panel's outliers to its weights.
+void add_outliers(const PackedMatrix& w, std::int64_t tile, std::int64_t panel, float* weights) {
+  if (w.outlier_start == nullptr) return;
+  const std::int32_t* start = w.outlier_start + tile * w.panels + panel;
+  for (std::int32_t i = start[0]; i < start[1]; ++i) weights[w.outlier_place[i]] += w.outlier_value[i];
+}
+
+// Panels of all tiles are decoded before x comes by, a block at a time, which each of them then uses.
+void exact_tiles(const Call& call, std::int64_t first, std::int64_t end, const Workspace& space) {
+  const PackedMatrix& w = call.w;
+  const Blocks& blocks = call.inputs.blocks;
+  const std::int64_t height = blocks.count() * blocks.size, grid = w.padded_groups * TILE;
+  std::fill(space.y, space.y + (end - first) * height * TILE, 0.0f);
+  for (std::int64_t tile = first; tile < end; ++tile) {
+    call.kernels.expand_grid(w, tile, space.scale + (tile - first) * grid, space.zero + (tile - first) * grid);
+  }
+  for (std::int64_t panel = 0; panel < w.panels; ++panel) {
+    const int columns = static_cast<int>(std::min<std::int64_t>(PANEL_CHUNKS, w.chunks - panel * PANEL_CHUNKS)) * CHUNK;
+    for (std::int64_t tile = first; tile < end; ++tile) {
+      const float *scale = space.scale + (tile - first) * grid, *zero = space.zero + (tile - first) * grid;
+      float* weights = space.weights + (tile - first) * PANEL_COLUMNS * TILE;
+      call.kernels.decode_panel(w, tile, panel, scale, zero, weights);
+      add_outliers(w, tile, panel, weights);
+    }
+    for (std::int64_t block = 0; block < blocks.count(); ++block) {
+      const int mr = blocks.mr(block);
+      const float* x = call.inputs.block_floats(w, block) + panel * PANEL_COLUMNS * mr;
+      for (std::int64_t tile = first; tile < end; ++tile) {
+        const float* weights = space.weights + (tile - first) * PANEL_COLUMNS * TILE;
+        float* y = space.y + ((tile - first) * height + block * blocks.size) * TILE;
+        call.kernels.multiply_panel(weights, columns, x, mr, y);
+      }
+    }
+  }
+  for (std::int64_t tile = first; tile < end; ++tile) store_tile(call, tile, space.y + (tile - first) * height * TILE);
+}
+
+void fast_tiles(const Call& call, std::int64_t first, std::int64_t end, const Workspace& space) {
+  const PackedMatrix& w = call.w;
+  const Blocks& blocks = call.inputs.blocks;
+  const std::int64_t height = blocks.count() * blocks.size, grid = w.padded_groups * TILE;
+  for (std::int64_t tile = first; tile < end; ++tile) {
+    call.kernels.expand_grid(w, tile, space.scale + (tile - first) * grid, space.zero + (tile - first) * grid);
+  }
+  for (std::int64_t block = 0; block < blocks.count(); ++block) {
+    const Quantized x = call.inputs.quantized(w, block);
+    const int mr = blocks.mr(block);
+    for (std::int64_t tile = first; tile < end; ++tile) {
+      const float *scale = space.scale + (tile - first) * grid, *zero = space.zero + (tile - first) * grid;
+      float* y = space.y + ((tile - first) * height + block * blocks.size) * TILE;
+      call.kernels.multiply_codes(w, tile, scale, zero, x, mr, y);
+      if (w.outlier_start != nullptr) {
+        call.kernels.multiply_outliers(w, tile, call.inputs.block_floats(w, block), mr, y);
+      }
+    }
+  }
+  for (std::int64_t tile = first; tile < end; ++tile) store_tile(call, tile, space.y + (tile - first) * height * TILE);
+}
+
+// Rows [first, first + rows) of x.
+void multiply_part(const PackedMatrix& w, const MatmulTask& task, const MatmulKernels& kernels, std::int64_t first,
+                   std::int64_t rows, int threads) {
+  static thread_local Scratch<float> floats, steps, sums;
+  static thread_local Scratch<std::int8_t> codes;
+  static thread_local std::vector<Scratch<float>> of_workers;
+
+  Call call{w, task, kernels, {{rows, task.fast ? kernels.fast_rows : kernels.exact_rows}}, first};
+  const Blocks blocks = call.inputs.blocks;
+  const std::int64_t height = blocks.count() * blocks.size, padded = w.chunks * CHUNK;
+  if (!task.fast || w.outlier_start != nullptr) call.inputs.floats = floats.get(height * padded);
+  if (task.fast) {
+    call.inputs.codes = codes.get(height * padded);
+    call.inputs.steps = steps.get(height * w.chunks);
+    call.inputs.sums = sums.get(height * w.padded_groups);
+  }
+  const auto prepare = [&](std::int64_t block, int) { prepare_block(call, block); };
+  run_tasks(blocks.count(), useful_threads(threads, blocks.count(), 4.0 * rows * w.in), prepare);
+
+  // Few rows: every tile is a task of its own.
+  const int batch = blocks.count() > 1 ? BATCH : 1;
+  const std::int64_t tasks = (w.tiles + batch - 1) / batch;
+  const double work = static_cast<double>(w.out) * w.in * std::max(1.0, (task.fast ? 0.5 : 1.0) * rows);
+  threads = useful_threads(threads, tasks, work);
+  const std::int64_t grid = batch * w.padded_groups * TILE, panel = PANEL_COLUMNS * TILE;
+  const std::int64_t needed = 2 * grid + batch * (panel + height * TILE);
+  if (of_workers.size() < static_cast<std::size_t>(threads)) of_workers.resize(static_cast<std::size_t>(threads));
+  std::vector<float*> spaces;
+  for (int worker = 0; worker < threads; ++worker) {
+    spaces.push_back(of_workers[static_cast<std::size_t>(worker)].get(needed));
+  }
+  const auto tiles = [&](std::int64_t index, int worker) {
+    float* base = spaces[static_cast<std::size_t>(worker)];
+    const Workspace space{base, base + grid, base + 2 * grid, base + 2 * grid + batch * panel};
+    const std::int64_t begin = index * batch, end = std::min(begin + batch, w.tiles);
+    task.fast ? fast_tiles(call, begin, end, space) : exact_tiles(call, begin, end, space);
+  };
+  run_tasks(tasks, threads, tiles);
+}
+
+}  // namespace
+
+MatmulIsa best_matmul_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+  if (avx512 && __builtin_cpu_supports("avx512vnni")) return MatmulIsa::avx512vnni;
+  if (avx512) return MatmulIsa::avx512;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2 && __builtin_cpu_supports("f16c")) return MatmulIsa::avx2;
+#endif
+  return MatmulIsa::baseline;
+}
+
+const MatmulKernels& matmul_kernels(MatmulIsa isa) {
+#if defined(__x86_64__)
+  if (isa == MatmulIsa::avx512vnni) return matmul_kernels_avx512vnni();
+  if (isa == MatmulIsa::avx512) return matmul_kernels_avx512();
+  if (isa == MatmulIsa::avx2) return matmul_kernels_avx2();
+#endif
+  (void)isa;
+  return matmul_kernels_baseline();
+}
+
+void multiply(const PackedMatrix& w, const MatmulTask& task, MatmulIsa isa, int threads) {
+  const MatmulKernels& kernels = matmul_kernels(isa);
+  for (std::int64_t first = 0; first < task.rows; first += MOST_ROWS) {
+    multiply_part(w, task, kernels, first, std::min(MOST_ROWS, task.rows - first), threads);
+  }
+}
+
+}  // namespace bitwright
