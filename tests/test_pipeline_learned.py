@@ -5,15 +5,12 @@ notes on OmniQuant.
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_VOCABULARY, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,17 +18,16 @@ import bitwright
 from bitwright import walk
 from bitwright.calibration.stream import Stream
 from bitwright.calibration.text import builtin
-from bitwright.checkpoint.load import load_model
+from bitwright.checkpoint.load import load_model, load_tokenizer
 from bitwright.checkpoint.open import open_source
-from bitwright.checkpoint.source import HuggingFaceSource
 from bitwright.errors import RecipeError
-from bitwright.method import Method
 from bitwright.models import adapter_for
 from bitwright.transforms.rotate import Rotate, rotated
 
 TEXT = " ".join(f"The quick brown fox {n} jumps over the lazy dog, and the dog {n * n} sleeps on." for n in range(300))
 SMALL = ("calibration.windows=6", "calibration.window_tokens=64")
 QUICK = ("learn.epochs=2", "learn.batch_windows=3")
+TWO_LEVELS = ("bilevel.axis=row", "bilevel.size=16", "bilevel.scale_bits=4")
 # id: method, scheme, settings
 METHODS = {
     "omniquant": ("omniquant", "w3a16g32", QUICK),
@@ -41,8 +37,7 @@ METHODS = {
     "omniquant-spqr": (
         "omniquant",
         "w3a16g16",
-        (*QUICK, "rounding.name=gptq", "outliers.name=obs", "outliers.share=0.01", "bilevel.axis=row")
-        + ("bilevel.size=16", "bilevel.scale_bits=4"),
+        (*QUICK, "rounding.name=gptq", "outliers.name=obs", "outliers.share=0.01", *TWO_LEVELS),
     ),
     "omniquant-smooth": ("omniquant", "w4a4", (*QUICK, "transform.name=smooth", "learn.augmented=true")),
     "omniquant-rotated": (
@@ -55,6 +50,7 @@ METHODS = {
     "smoothquant-w4a4": ("smoothquant", "w4a4", ()),
 }
 STEPS = 150
+RATE = 4e-3
 ONE = bitwright.RunOptions(workers=1)
 LEARNED = [name for name in METHODS if name.startswith("omniquant")]
 
@@ -103,12 +99,12 @@ class Spy:
 
 
 @pytest.fixture(scope="module", params=METHODS)
-def finished(request, tiny_llama_folder: Path, text_file: Path, tmp_path_factory) -> Iterator[tuple[str, Path, Spy]]:
+def finished(request, tiny_llama_folder: Path, text_file: Path, tmp_path_factory) -> tuple[str, Path, Spy]:
     out = tmp_path_factory.mktemp(request.param) / "out"
     with pytest.MonkeyPatch.context() as patch:
         spy = Spy(patch)
         bitwright.quantize(str(tiny_llama_folder), out, recipe=recipe(request.param, text_file), options=ONE)
-    yield request.param, out, spy
+    return request.param, out, spy
 
 
 def float_model(name: str, folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -123,10 +119,7 @@ def float_model(name: str, folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
 def hidden_states(model: nn.Module, ids: Tensor) -> list[Tensor]:
     """Outputs of the blocks, before the final norm."""
     found: list[Tensor] = []
-    hooks = [
-        layer.register_forward_hook(lambda _, __, output: found.append(output))
-        for layer in model.model.layers
-    ]
+    hooks = [layer.register_forward_hook(lambda _, __, output: found.append(output)) for layer in model.model.layers]
     model(input_ids=ids, use_cache=False)
     for hook in hooks:
         hook.remove()
@@ -234,33 +227,20 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Llama of 2 blocks, hidden 64, trained for a few seconds on the built-in text."""
     folder = tmp_path_factory.mktemp("trained")
-    text, tokenizer = builtin("calibration").content, tiny_tokenizer()
+    text, tokenizer = builtin("calibration").content, load_tokenizer(open_source(str(tiny_llama_folder)))
     calibration = folder.parent / f"{folder.name}.txt"
     calibration.write_text(text[300_000:340_000])
     tokens = torch.tensor(tokenizer(text[:200_000])["input_ids"])
     held_out = torch.tensor(tokenizer(builtin("evaluation").content[:12_000])["input_ids"])
-    config = LlamaConfig(
-        vocab_size=TINY_VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config).train()
-        optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3)
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_llama_folder)).train()
+        optimiser = torch.optim.AdamW(model.parameters(), lr=RATE)
         for step in range(STEPS):
-            optimiser.param_groups[0]["lr"] = 4e-3 * min(1.0, (step + 1) / 20) * (1 - step / STEPS)
+            optimiser.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / 20) * (1 - step / STEPS)
             starts = torch.randint(0, len(tokens) - 65, (16, 1))
             batch = tokens[starts + torch.arange(65)]
             logits = model(batch[:, :-1], use_cache=False).logits
@@ -282,8 +262,28 @@ def losses(trained: Trained, logits: Tensor) -> tuple[float, float]:
 
 
 def quantized_losses(trained: Trained, out: Path, method: str, scheme: str, *settings: str) -> tuple[float, float]:
-    calibration = ("calibration.windows=16", "calibration.window_tokens=64", f'calibration.text="{trained.calibration}"')
+    calibration = (
+        "calibration.windows=32",
+        "calibration.window_tokens=128",
+        f'calibration.text="{trained.calibration}"',
+    )
     wanted = bitwright.load_recipe(method, scheme, None, [*calibration, *settings])
     bitwright.quantize(str(trained.folder), out, recipe=wanted, options=ONE)
     with torch.no_grad():
         return losses(trained, load_model(str(out)).model(trained.ids, use_cache=False).logits)
+
+
+# bits: KL of learned over that of nearest, at most
+MARGINS = {4: 0.95, 3: 0.75, 2: 0.9}
+
+
+@pytest.mark.parametrize("bits", MARGINS)
+def test_10_float_then_learned_then_nearest(trained: Trained, tmp_path: Path, bits: int) -> None:
+    """In KL, which is 0 of the float model; the loss itself, of which a few tokens are but a sample, at 2 bits."""
+    scheme, epochs = f"w{bits}a16g32", "learn.epochs=3"
+    nearest = quantized_losses(trained, tmp_path / "rtn", "rtn", scheme)
+    for method in ("omniquant", "omniquant-paper"):
+        learned = quantized_losses(trained, tmp_path / method, method, scheme, epochs)
+        assert 0 < learned[1] < MARGINS[bits] * nearest[1]
+        if bits == 2:
+            assert losses(trained, trained.logits)[0] < learned[0] < nearest[0]

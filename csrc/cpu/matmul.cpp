@@ -122,7 +122,12 @@ void exact_tiles(const Call& call, std::int64_t first, std::int64_t end, const W
       for (std::int64_t tile = first; tile < end; ++tile) {
         const float* weights = space.weights + (tile - first) * PANEL_COLUMNS * TILE;
         float* y = space.y + ((tile - first) * height + block * blocks.size) * TILE;
-        call.kernels.multiply_panel(weights, columns, x, mr, y);
+        if (tile + 1 < end && mr == blocks.size && mr == call.kernels.exact_rows) {
+          call.kernels.multiply_panel_pair(weights, PANEL_COLUMNS * TILE, columns, x, y, height * TILE);
+          ++tile;
+        } else {
+          call.kernels.multiply_panel(weights, columns, x, mr, y);
+        }
       }
     }
   }

@@ -18,8 +18,9 @@ constexpr int TILE = 16;
 constexpr int CHUNK = 32;
 constexpr int QUADS = 8;
 constexpr int QUAD_BYTES = 64;
-// Chunks decoded at once where weights are taken as floats: a panel [PANEL_COLUMNS][TILE] of 16 KiB.
-constexpr int PANEL_CHUNKS = 8;
+// Chunks decoded at once where weights are taken as floats: a panel [PANEL_COLUMNS][TILE] of 8 KiB, of which
+// the first-level cache holds a batch of tiles' and a block of x.
+constexpr int PANEL_CHUNKS = 4;
 constexpr int PANEL_COLUMNS = PANEL_CHUNKS * CHUNK;
 
 // What scales and zeros are stored as, [tiles][groups][TILE] each.
@@ -79,6 +80,9 @@ struct MatmulKernels {
                        const float* zero, float* weights);
   // y [mr][TILE] += x [columns][mr] times weights [columns][TILE].
   void (*multiply_panel)(const float* weights, int columns, const float* x, int mr, float* y);
+  // The same for two tiles, `weights_stride` and `y_stride` apart, and mr = exact_rows.
+  void (*multiply_panel_pair)(const float* weights, std::int64_t weights_stride, int columns, const float* x, float* y,
+                              std::int64_t y_stride);
   // y [mr][TILE] = the product with all of a tile's codes, without outliers.
   void (*multiply_codes)(const PackedMatrix& matrix, std::int64_t tile, const float* scale, const float* zero,
                          const Quantized& x, int mr, float* y);

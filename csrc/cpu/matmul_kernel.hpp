@@ -140,6 +140,34 @@ void multiply_panel_rows(const float* weights, int columns, const float* x, floa
   }
 }
 
+// Two tiles and a full block of x, half of its rows at a time: each input is loaded once for both tiles.
+template <class V>
+void multiply_panel_pair(const float* weights, std::int64_t weights_stride, int columns, const float* x, float* y,
+                         std::int64_t y_stride) {
+  using Floats = typename V::Floats;
+  constexpr int MR = V::EXACT_ROWS, ROWS = MR / 2;
+  for (int first = 0; first < MR; first += ROWS) {
+    for (int lane = 0; lane < TILE; lane += V::LANES) {
+      Floats sums[2][ROWS];
+      for (int m = 0; m < ROWS; ++m) sums[0][m] = sums[1][m] = V::zero();
+      const float *from = weights + lane, *inputs = x + first;
+      for (int column = 0; column < columns; ++column, from += TILE, inputs += MR) {
+        const Floats one = V::load(from), two = V::load(from + weights_stride);
+        unrolled<ROWS>([&](auto m) __attribute__((always_inline)) {
+          constexpr int M = decltype(m)::value;
+          const Floats input = V::set(inputs[M]);
+          sums[0][M] = V::fma(one, input, sums[0][M]);
+          sums[1][M] = V::fma(two, input, sums[1][M]);
+        });
+      }
+      for (int tile = 0; tile < 2; ++tile) {
+        float* to = y + tile * y_stride + first * TILE + lane;
+        for (int m = 0; m < ROWS; ++m) V::store(to + m * TILE, V::add(V::load(to + m * TILE), sums[tile][m]));
+      }
+    }
+  }
+}
+
 // --- int8 inputs -------------------------------------------------------------------------------------------------
 
 template <class V, int BITS, int MR, int FIRST, int COUNT>
@@ -237,6 +265,7 @@ void multiply_codes_sizes(const PackedMatrix& w, std::int64_t tile, const float*
 // Sums over outliers in `kept` [TILE][MR], so that each takes one vector of inputs; then added to y [MR][TILE].
 template <int MR>
 void multiply_outliers_rows(const PackedMatrix& w, std::int64_t tile, const float* x, float* y) {
+  typedef float Inputs __attribute__((vector_size(4 * MR)));
   alignas(64) float kept[TILE * MR] = {};
   for (std::int64_t panel = 0; panel < w.panels; ++panel, x += PANEL_COLUMNS * MR) {
     const std::int32_t* start = w.outlier_start + tile * w.panels + panel;
@@ -245,7 +274,11 @@ void multiply_outliers_rows(const PackedMatrix& w, std::int64_t tile, const floa
       const float value = w.outlier_value[i];
       const float* from = x + place / TILE * MR;
       float* to = kept + place % TILE * MR;
-      for (int m = 0; m < MR; ++m) to[m] += value * from[m];
+      Inputs input, sum;
+      std::memcpy(&input, from, sizeof input);
+      std::memcpy(&sum, to, sizeof sum);
+      sum += input * value;
+      std::memcpy(to, &sum, sizeof sum);
     }
   }
   for (int m = 0; m < MR; ++m) {
@@ -307,7 +340,7 @@ void multiply_outliers(const PackedMatrix& w, std::int64_t tile, const float* x,
 template <class V>
 constexpr MatmulKernels table() {
   return {V::EXACT_ROWS,    V::FAST_ROWS,       &pack_rows,         &quantize_rows<V>,    &expand_grid<V>,
-          &decode_panel<V>, &multiply_panel<V>, &multiply_codes<V>, &multiply_outliers<V>};
+          &decode_panel<V>, &multiply_panel<V>, &multiply_panel_pair<V>, &multiply_codes<V>, &multiply_outliers<V>};
 }
 
 }  // namespace

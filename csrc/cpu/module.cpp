@@ -150,14 +150,14 @@ class Matrix {
 }  // namespace
 
 NB_MODULE(_native, module) {
-  module.doc() = "Compiled kernels of bitwright. Internal: bitwright.rounding.columns checks what it passes.";
+  module.doc() = "Compiled kernels of bitwright. Internal: rounding.columns and runtime.cpu check what they pass.";
   // Raised with every change of a signature or of the arithmetic, so that a stale build is noticed.
   module.attr("INTERFACE") = 1;
   module.def("isas", &isas);
   module.def("round_columns", &round_columns);
   module.def("refine_codes", &refine_codes);
-  // As INTERFACE, for bitwright.runtime.cpu.
-  module.attr("MATMUL_INTERFACE") = 1;
+  // As INTERFACE, for bitwright.runtime.cpu, with the sizes of the layout.
+  module.attr("MATMUL_INTERFACE") = nb::make_tuple(1, bitwright::TILE, bitwright::CHUNK, bitwright::PANEL_COLUMNS);
   module.def("matmul_isas", &matmul_isas);
   nb::class_<Matrix>(module, "Matrix")
       .def(nb::init<const nb::tuple&, const nb::tuple&, const nb::tuple&, const std::string&>())

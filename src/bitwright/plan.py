@@ -245,6 +245,11 @@ class _Planner:
         for rule in self.recipe.rules:
             if fnmatchcase(module, rule.match):
                 if rule.keep:
+                    if self._hadamard(name):
+                        self._refuse(
+                            f"rule {rule.match!r} keeps {name}, whose input rotate.online_down rotates at run time; "
+                            "only quantized linears do that: quantize it, or set rotate.online_down=false"
+                        )
                     return self._kept_row(name, info, f"rule {rule.match!r}")
                 return self._quantized_row(name, info, rule)
         if module in (self.adapter.embedding, self.adapter.head):
@@ -277,9 +282,12 @@ class _Planner:
             value_bits = method.outliers.value_bits if isinstance(method.outliers, Obs) and outliers else 16
             nbytes = packed_bytes(TensorEntry(spec, (info.shape[0], info.shape[1]), outliers, value_bits))
         label = "default" if rule.match == "*" and rule not in self.recipe.rules else f"rule {rule.match!r}"
-        hadamard = any(name.endswith(f".{linear}.weight") for linear in self.online_hadamards)
         row = Row(name, info.shape, info.dtype, "quantize", label, nbytes, spec=spec, method=method)
-        return replace(row, activation=activation, hadamard=hadamard)
+        return replace(row, activation=activation, hadamard=self._hadamard(name))
+
+    def _hadamard(self, name: str) -> bool:
+        """Whether the runtime must rotate the input of the linear that owns tensor `name`."""
+        return any(name.endswith(f".{linear}.weight") for linear in self.online_hadamards)
 
     def _check_matrix(self, name: str, info: TensorInfo, spec: WeightSpec) -> None:
         if len(info.shape) != 2 or 0 in info.shape:
@@ -317,11 +325,10 @@ class _Planner:
         # Embeddings look up rows, and what the head multiplies stays in float, as in all of the literature.
         if activation is None or not self._inside_block(name):
             return None
-        if activation.granularity == "tensor":
-            why = "its ranges are not gathered yet" if method.calibrated else "it sees no inputs"
+        if activation.granularity == "tensor" and not method.calibrated:
             self._refuse(
-                f"method {method.name} quantizes activations by static ranges per tensor, but {why}; "
-                "set activations.granularity=token"
+                f"method {method.name} quantizes activations by static ranges per tensor, but it sees no inputs; "
+                "set activations.granularity=token, or use a calibrated method"
             )
         return activation
 

@@ -221,13 +221,29 @@ def test_learning_begins_with_what_was_found() -> None:
     now, other = learnables.clipping(first), learnables.clipping(second)
     assert now is not None
     assert other is not None
-    torch.testing.assert_close(now.upper, upper.clamp(max=0.99))
-    torch.testing.assert_close(now.lower, found.lower)
+    # to within a rounding of 1: shares of 1 must begin as min-max, and others where the codes they were chosen for are
+    torch.testing.assert_close(now.upper, upper, rtol=0, atol=2.0**-23)
+    torch.testing.assert_close(now.lower, found.lower, rtol=0, atol=2.0**-23)
+    assert now.upper[0, 0] == 1
+    now.upper.sum().backward()
+    slopes = learnables.groups["clip"][f"{first}.upper"].grad
+    assert slopes is not None
+    torch.testing.assert_close(slopes, upper.clamp(max=0.99) * (1 - upper.clamp(max=0.99)))
     torch.testing.assert_close(other.upper, torch.full_like(other.upper, 1 / (1 + math.exp(-FIRST_LOGIT))))
     fixed = Learnables(begin, adapter, frozenset({"scale"}))
     assert fixed.clipping(first) is found
     assert fixed.clipping(second) is None
     assert not fixed.groups["clip"]
+
+
+def test_scales_begin_exactly_where_the_transform_left_them() -> None:
+    adapter, begin = start("opt", WeightSpec(bits=3, group_size=16))
+    generator = torch.Generator().manual_seed(7)
+    scales = tuple(torch.rand(scale.shape, generator=generator) + 0.1 for scale in begin.rewrite.scales)
+    begin = replace(begin, rewrite=replace(begin.rewrite, scales=scales))
+    fused = Learnables(begin, adapter, EVERY).fused()
+    for key, value in apply(begin.rewrite, adapter, begin.tensors).items():
+        assert torch.equal(fused[key], value)
 
 
 def test_only_what_is_asked_for_is_learned() -> None:

@@ -353,3 +353,13 @@ def test_clippings_are_cut_with_their_matrix() -> None:
     assert torch.equal(part.zero, whole.zero[2:5, 1:])
     by_hand, _ = minmax.span(weight[4, 32:].min() * lower[4, 2], weight[4, 32:].max() * upper[4, 2], spec)
     assert float(whole.scale[4, 2]) == float(by_hand)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_narrow_groups_far_from_zero_have_a_finite_float_zero(dtype: str) -> None:
+    weight = torch.full((1, 16), 0.5)
+    weight[0, 0] += 6e-8
+    spec = WeightSpec(bits=4, group_size=16, zero="float", scale_dtype=dtype)
+    grid = fit_grid(weight, None, None, Ranging(spec, Minmax()))
+    assert torch.isfinite(grid.zero).all()
+    torch.testing.assert_close(grid.decode(grid.encode(weight)), weight, rtol=0.01, atol=0)

@@ -334,7 +334,7 @@ def test_environment(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_without_a_usable_module(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "INTERFACE", -1)
+    monkeypatch.setattr(cpu, "INTERFACE", (0, 0, 0, 0))
     monkeypatch.setattr(cpu, "_NATIVE", cpu._load_native())
     assert not cpu.available()
     assert instruction_sets() == []

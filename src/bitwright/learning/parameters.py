@@ -3,13 +3,15 @@
 Three kinds of parameters, each optional:
 
 - `clip`: logits of the shares of every group's range (OmniQuant's LWC, Shao et al. 2023, section 3.2);
-- scales and shifts of the block's edges (LET, section 3.3). Scales are learned as logarithms, so they stay positive
-  without the clamp of the released code, which moves scales below 0.01 to it before every step;
+- scales and shifts of the block's edges (LET, section 3.3). Scales are learned as logarithms of factors, so they stay
+  positive without the clamp of the released code, which moves scales below 0.01 to it before every step;
 - weights: an offset for every weight, in steps of its group's grid, so that learning may choose the code (AutoRound,
   Cheng et al. 2023, learns offsets within half a step; EfficientQAT, Chen et al. 2024, the weights themselves).
 
-`Learnables.fused` is what is rounded and stored in the end, `Learnables.quantized` what the block computes with while
-it learns: the same functions on the same numbers, so the two agree to the last bit when codes are the nearest.
+Everything starts at exactly what the transform and the search for shares have found, so that learning which gains
+nothing changes nothing. `Learnables.fused` is what is rounded and stored in the end, `Learnables.quantized` what the
+block computes with while it learns: the same functions on the same numbers, so the two agree to the last bit when
+codes are the nearest.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from bitwright.transforms.sites import LARGEST
 FIRST_LOGIT = 4.0
 """Of shares that nothing has found yet: sigmoid(4) = 0.982, as published."""
 _LARGEST_SHARE = 0.99
-"""Found shares start here at most: a logit of 1 is infinite, and has no gradient long before."""
+"""Found shares move as the sigmoid does here at most: the logit of 1 is infinite, and has no gradient long before."""
 _OFFSET_LIMIT = 0.5
 """In steps: a code moves to a neighbour at most, as in AutoRound."""
 
@@ -67,11 +69,12 @@ class Learnables:
         """Parameters at their first values; `kinds` are those that are learned."""
         self._start, self._adapter = start, adapter
         self.groups: dict[str, dict[str, Tensor]] = {"clip": {}, "scale": {}, "shift": {}, "weight": {}}
+        self._beyond: dict[str, Tensor] = {}
         if "clip" in kinds and isinstance(start.range, Clip):
             self._add_clip()
         for index, scale in enumerate(start.rewrite.scales):
             if "scale" in kinds and scale is not None:
-                self._add("scale", str(index), scale.float().log())
+                self._add("scale", str(index), torch.zeros_like(scale, dtype=torch.float32))
         for index, shift in enumerate(start.rewrite.shifts):
             if "shift" in kinds and shift is not None:
                 self._add("shift", str(index), shift.float())
@@ -92,6 +95,7 @@ class Learnables:
                     logit = torch.full(shape, FIRST_LOGIT)
                 else:
                     logit = torch.logit(getattr(found, side).clamp(max=_LARGEST_SHARE))
+                    self._beyond[f"{linear}.{side}"] = getattr(found, side) - torch.sigmoid(logit)
                 self._add("clip", f"{linear}.{side}", logit)
 
     @torch.no_grad()
@@ -107,17 +111,22 @@ class Learnables:
         """Scales and shifts as they are now, with gradients."""
         scales, shifts = list(self._start.rewrite.scales), list(self._start.rewrite.shifts)
         for index, logarithm in self.groups["scale"].items():
-            scales[int(index)] = logarithm.exp()
+            begin = scales[int(index)]
+            assert begin is not None
+            scales[int(index)] = begin * logarithm.exp()
         for index, shift in self.groups["shift"].items():
             shifts[int(index)] = shift
         return Rewrite(tuple(scales), tuple(shifts))
 
     def clipping(self, linear: str) -> Clipping | None:
         """Shares of one linear as they are now, with gradients."""
-        upper = self.groups["clip"].get(f"{linear}.upper")
-        if upper is None:
+        if f"{linear}.upper" not in self.groups["clip"]:
             return self._start.clipping.get(linear)
-        return Clipping(torch.sigmoid(upper), torch.sigmoid(self.groups["clip"][f"{linear}.lower"]))
+        return Clipping(self._share(f"{linear}.upper"), self._share(f"{linear}.lower"))
+
+    def _share(self, name: str) -> Tensor:
+        share, beyond = torch.sigmoid(self.groups["clip"][name]), self._beyond.get(name)
+        return share if beyond is None else share + beyond
 
     def fused(self) -> dict[str, Tensor]:
         """All float32 tensors of the block, rewritten and moved by their offsets, before they are quantized."""
@@ -152,8 +161,10 @@ class Learnables:
         """
         for offset in self.groups["weight"].values():
             offset.clamp_(-_OFFSET_LIMIT, _OFFSET_LIMIT)
-        for logarithm in self.groups["scale"].values():
-            logarithm.clamp_(-math.log(LARGEST), math.log(LARGEST))
+        for index, logarithm in self.groups["scale"].items():
+            begin = self._start.rewrite.scales[int(index)]
+            assert begin is not None
+            logarithm.clamp_(-math.log(LARGEST) - begin.log(), math.log(LARGEST) - begin.log())
 
     def state(self) -> list[Tensor]:
         """Copies of all parameters."""

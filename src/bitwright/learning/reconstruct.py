@@ -136,7 +136,7 @@ def reconstruct(
         return curve
     best = learnables.state()
     batches = list(session.batches(settings.batch_windows))
-    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     total = settings.epochs * len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: 1.0 - step / total if settings.schedule == "linear" else 1.0

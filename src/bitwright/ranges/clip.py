@@ -59,7 +59,11 @@ def fit(
     Gradients reach `weights` and `shares` through the scale, not through the zero. Shares of 1 give min-max to the
     last bit.
     """
-    low, high = minmax.extremes(weights, inliers)
+    if weights.requires_grad and torch.is_grad_enabled() and inliers is None:
+        # by index: the gradient goes to one weight, in one pass
+        low, high = weights.min(dim=1).values, weights.max(dim=1).values
+    else:
+        low, high = minmax.extremes(weights, inliers)
     if shares is not None:
         low, high = low * shares[1], high * shares[0]
     with torch.no_grad():

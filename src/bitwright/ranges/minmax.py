@@ -16,6 +16,9 @@ from bitwright.numeric.grid import stored_scale, stored_zero
 from bitwright.numeric.settings import Settings
 from bitwright.numeric.spec import WeightSpec
 
+_LARGEST_ZERO = 256.0
+"""In steps: float zeros up to it are exact to half a step in bfloat16, and better in float16."""
+
 
 class Minmax(Settings):
     """The grid spans the smallest to the largest weight."""
@@ -51,6 +54,9 @@ def span(low: Tensor, high: Tensor, spec: WeightSpec) -> tuple[Tensor, Tensor]:
     scale = (high - low) / spec.max_code
     # A group of equal weights has no width; its magnitude as the step puts code 0 exactly on the weight.
     scale = torch.where(scale > 0, scale, torch.where(low != 0, low.abs(), torch.ones_like(low)))
+    if spec.zero == "float":
+        # A narrow group far from 0 would need a zero that its 16 bits cannot hold to half a step.
+        scale = torch.maximum(scale, torch.maximum(low.abs(), high.abs()) / _LARGEST_ZERO)
     scale = stored_scale(scale, spec)
     return scale, stored_zero(-low / scale, spec)
 

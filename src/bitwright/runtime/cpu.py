@@ -39,10 +39,11 @@ from bitwright.runtime.reference import PackedWeight
 
 CpuMode = Literal["exact", "fast"]
 
+# Sizes of the layout, as csrc/cpu/matmul.hpp has them: rows of a tile, columns of a chunk and of a panel.
+_TILE, _CHUNK, _PANEL = 16, 32, 128
 # The interface of csrc/cpu/module.cpp that this file speaks.
-INTERFACE = 1
-# Of csrc/cpu/matmul.hpp.
-_TILE, _CHUNK, _PANEL, _ALIGNMENT = 16, 32, 256, 64
+INTERFACE = (1, _TILE, _CHUNK, _PANEL)
+_CACHE_LINE = 64
 # Narrower groups would be padded to more than twice their columns.
 _LEAST_GROUP = 8
 _SCALE_KINDS = {"float16": 0, "float32": 1, "levels": 2}
@@ -116,9 +117,9 @@ class CpuWeight:
         kinds, grid = _grid(weight, spec)
         layout = _Padding.of(weight.in_features, width)
         tiles = -(-weight.out_features // _TILE)
-        codes = torch.empty(tiles * layout.chunks * weight.bits * 64 + _ALIGNMENT, dtype=torch.uint8)
+        codes = torch.empty(tiles * layout.chunks * weight.bits * 64 + _CACHE_LINE, dtype=torch.uint8)
         # Vectors are read fastest from whole cache lines.
-        codes = codes[-codes.data_ptr() % _ALIGNMENT :]
+        codes = codes[-codes.data_ptr() % _CACHE_LINE :]
         sparse = _outliers(weight.outliers(), tiles, layout)
         tensors = (codes, *grid, *sparse)
         native = _NATIVE.Matrix(
