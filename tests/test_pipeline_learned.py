@@ -27,18 +27,13 @@ from bitwright.transforms.rotate import Rotate, rotated
 TEXT = " ".join(f"The quick brown fox {n} jumps over the lazy dog, and the dog {n * n} sleeps on." for n in range(300))
 SMALL = ("calibration.windows=6", "calibration.window_tokens=64")
 QUICK = ("learn.epochs=2", "learn.batch_windows=3")
-TWO_LEVELS = ("bilevel.axis=row", "bilevel.size=16", "bilevel.scale_bits=4")
 # id: method, scheme, settings
 METHODS = {
     "omniquant": ("omniquant", "w3a16g32", QUICK),
     "omniquant-paper": ("omniquant-paper", "w2a16", ("learn.epochs=1", "learn.augmented=true")),
-    "omniquant-everything": ("omniquant", "w3a8g32", (*QUICK, "learn.query_key=true", "learn.weights=true")),
-    "omniquant-gptq": ("omniquant", "w3a16g32", (*QUICK, "rounding.name=gptq", "inputs.correction=0.5")),
-    "omniquant-spqr": (
-        "omniquant",
-        "w3a16g16",
-        (*QUICK, "rounding.name=gptq", "outliers.name=obs", "outliers.share=0.01", *TWO_LEVELS),
-    ),
+    "omniquant-everything": ("omniquant", "w3a8g32", (*QUICK, "learn.query_key=true")),
+    "omniquant+gptq": ("omniquant+gptq", "w3a16g32", QUICK),
+    "omniquant+spqr": ("omniquant+spqr", "w3a16", QUICK),
     "omniquant-smooth": ("omniquant", "w4a4", (*QUICK, "transform.name=smooth", "learn.augmented=true")),
     "omniquant-rotated": (
         "omniquant",
@@ -203,7 +198,7 @@ def test_8_a_resumed_run_gives_the_same_bytes(
     ("settings", "reason"),
     [
         (("inputs.stream=float", "inputs.sequential=false"), "needs inputs.stream='quantized'"),
-        (("rounding.name=gptq", "inputs.correction=0.5", "learn.weights=true"), "already make up"),
+        (("rounding.name=gptq",), "decide the nearest codes"),
         (("rotate.online_down=true",), "leave down out"),
         (("learn.epochs=0",), "greater than or equal to 1"),
     ],

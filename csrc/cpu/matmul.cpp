@@ -1,6 +1,7 @@
 #include "matmul.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "pool.hpp"
@@ -18,9 +19,10 @@ const MatmulKernels& matmul_kernels_avx512vnni();
 namespace {
 
 // Rows of x packed at once: bounds memory, and decodes weights often enough not to matter.
-constexpr std::int64_t MOST_ROWS = 512;
+constexpr std::int64_t MOST_ROWS = 256;
 // Tiles that take turns over one block of x, so that x comes from memory once for all of them.
-constexpr int BATCH = 4;
+constexpr int BATCH = 8;
+
 // Blocks of rows of x: full ones of `size`, and a last one of the least power of two that holds the rest.
 struct Blocks {
   std::int64_t rows;
@@ -83,11 +85,17 @@ void prepare_block(const Call& call, std::int64_t block) {
 // Rows of the matrix to y, with the bias.
 void store_tile(const Call& call, std::int64_t tile, const float* y) {
   const std::int64_t first = tile * TILE, rows = call.inputs.blocks.rows;
-  const int lanes = static_cast<int>(std::min<std::int64_t>(TILE, call.w.out - first));
+  const std::size_t lanes = static_cast<std::size_t>(std::min<std::int64_t>(TILE, call.w.out - first));
+  float bias[TILE] = {};
+  if (call.task.bias != nullptr) std::copy_n(call.task.bias + first, lanes, bias);
   for (std::int64_t m = 0; m < rows; ++m) {
     float* to = call.task.y + (call.first_row + m) * call.w.out + first;
-    for (int lane = 0; lane < lanes; ++lane) {
-      to[lane] = y[m * TILE + lane] + (call.task.bias == nullptr ? 0.0f : call.task.bias[first + lane]);
+    float sums[TILE];
+    for (int lane = 0; lane < TILE; ++lane) sums[lane] = y[m * TILE + lane] + bias[lane];
+    if (lanes == TILE) {
+      std::memcpy(to, sums, sizeof sums);
+    } else {
+      std::memcpy(to, sums, lanes * sizeof(float));
     }
   }
 }
@@ -175,8 +183,9 @@ void multiply_part(const PackedMatrix& w, const MatmulTask& task, const MatmulKe
   const auto prepare = [&](std::int64_t block, int) { prepare_block(call, block); };
   run_tasks(blocks.count(), useful_threads(threads, blocks.count(), 4.0 * rows * w.in), prepare);
 
-  // Few rows: every tile is a task of its own.
-  const int batch = blocks.count() > 1 ? BATCH : 1;
+  // Few rows: every tile is a task of its own. Else as many as leave each thread some tasks; no sum depends on it.
+  const std::int64_t shared = threads > 1 ? std::clamp<std::int64_t>(w.tiles / (4 * threads), 1, BATCH) : BATCH;
+  const std::int64_t batch = blocks.count() > 1 ? shared : 1;
   const std::int64_t tasks = (w.tiles + batch - 1) / batch;
   const double work = static_cast<double>(w.out) * w.in * std::max(1.0, (task.fast ? 0.5 : 1.0) * rows);
   threads = useful_threads(threads, tasks, work);

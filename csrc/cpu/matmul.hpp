@@ -111,6 +111,7 @@ struct MatmulTask {
 void multiply(const PackedMatrix& matrix, const MatmulTask& task, MatmulIsa isa, int threads);
 
 // Weights of some rows, [count, in]; `rows` must exist.
-void decode_rows(const PackedMatrix& matrix, const std::int64_t* rows, std::int64_t count, float* weights, MatmulIsa isa);
+void decode_rows(const PackedMatrix& matrix, const std::int64_t* rows, std::int64_t count, float* weights,
+                 MatmulIsa isa);
 
 }  // namespace bitwright

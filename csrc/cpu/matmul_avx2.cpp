@@ -70,7 +70,8 @@ struct Avx2 {
     const __m256 inverse = set(most > SMALLEST ? 127.0f / most : 0.0f);
     __m256i code[4];
     for (int i = 0; i < 4; ++i) code[i] = _mm256_cvtps_epi32(mul(value[i], inverse));
-    const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(code[0], code[1]), _mm256_packs_epi32(code[2], code[3]));
+    const __m256i first = _mm256_packs_epi32(code[0], code[1]), second = _mm256_packs_epi32(code[2], code[3]);
+    const __m256i packed = _mm256_packs_epi16(first, second);
     // Packing works in halves of a register: put their fours back in order.
     const __m256i ordered = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), ordered);

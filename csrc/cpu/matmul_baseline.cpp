@@ -53,7 +53,9 @@ struct Baseline {
   static BITWRIGHT_FORCE Codes shift(Codes codes) {
     return COUNT >= 0 ? codes >> (COUNT >= 0 ? COUNT : 0) : codes << (COUNT >= 0 ? 0 : -COUNT);
   }
-  static BITWRIGHT_FORCE Codes mask(Codes codes, int byte) { return codes & (static_cast<unsigned>(byte) * 0x01010101u); }
+  static BITWRIGHT_FORCE Codes mask(Codes codes, int byte) {
+    return codes & (static_cast<unsigned>(byte) * 0x01010101u);
+  }
   static BITWRIGHT_FORCE Codes merge(Codes first, Codes second, int byte) { return first | mask(second, byte); }
   template <int J>
   static BITWRIGHT_FORCE Floats byte_floats(Codes codes) {

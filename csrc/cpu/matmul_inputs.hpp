@@ -66,8 +66,11 @@ BITWRIGHT_FORCE void transpose_four(const float* const* rows, int column, int mr
   for (int m = 0; m < 4; ++m) std::memcpy(&r[m], rows[m] + column, sizeof(Four));
   const Four low01 = BITWRIGHT_SHUFFLE(r[0], r[1], 0, 4, 1, 5), high01 = BITWRIGHT_SHUFFLE(r[0], r[1], 2, 6, 3, 7);
   const Four low23 = BITWRIGHT_SHUFFLE(r[2], r[3], 0, 4, 1, 5), high23 = BITWRIGHT_SHUFFLE(r[2], r[3], 2, 6, 3, 7);
-  const Four columns[4] = {BITWRIGHT_SHUFFLE(low01, low23, 0, 1, 4, 5), BITWRIGHT_SHUFFLE(low01, low23, 2, 3, 6, 7),
-                           BITWRIGHT_SHUFFLE(high01, high23, 0, 1, 4, 5), BITWRIGHT_SHUFFLE(high01, high23, 2, 3, 6, 7)};
+  Four columns[4];
+  columns[0] = BITWRIGHT_SHUFFLE(low01, low23, 0, 1, 4, 5);
+  columns[1] = BITWRIGHT_SHUFFLE(low01, low23, 2, 3, 6, 7);
+  columns[2] = BITWRIGHT_SHUFFLE(high01, high23, 0, 1, 4, 5);
+  columns[3] = BITWRIGHT_SHUFFLE(high01, high23, 2, 3, 6, 7);
   for (int j = 0; j < 4; ++j) std::memcpy(packed + (column + j) * mr, &columns[j], sizeof(Four));
 }
 

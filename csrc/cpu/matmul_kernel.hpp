@@ -1,6 +1,6 @@
-// The bodies of the matmul kernels, over a vector class `V` of one instruction set. Included by one file for each, which
-// is compiled with that set's flags: all is in an unnamed namespace and no function of the standard library is called,
-// lest the linker keep one instruction set's copy of a shared function for all.
+// The bodies of the matmul kernels, over a vector class `V` of one instruction set. Included by one file for each,
+// which is compiled with that set's flags: all is in an unnamed namespace and no function of the standard library is
+// called, lest the linker keep one instruction set's copy of a shared function for all.
 //
 // V has LANES (a divisor of TILE), FAST_ROWS, EXACT_ROWS, and static functions on
 //   Floats, LANES floats: zero, set, load, store, add, mul, sub, fma (a * b + c), fnma (c - a * b)
@@ -8,11 +8,19 @@
 //   byte in all places), merge (first or second-and-byte), byte_floats<j> (byte j of every lane), halves, bytes,
 //   nibbles (floats from memory)
 //   Sum<bits>, integer sums of codes times int8: add(codes, four inputs), floats()
-// and quantize, one chunk of inputs in int8 (matmul_inputs.hpp has it in plain C++).
+//   quantize, one chunk of inputs in int8 (matmul_inputs.hpp has it in plain C++), and half, one float16
 #include "matmul_inputs.hpp"
 
 namespace bitwright {
 namespace {
+
+// Bytes by which reading is ahead: processors' own prefetching ends at every page and starts anew with every stream.
+constexpr int AHEAD = 8192;
+
+template <int LINES>
+BITWRIGHT_FORCE void fetch_ahead(const std::uint8_t* lines) {
+  for (int line = 0; line < LINES; ++line) __builtin_prefetch(lines + AHEAD + line * QUAD_BYTES);
+}
 
 // Quad `QUAD` of a chunk: lane `part` of V::LANES of its lines.
 template <class V, int BITS, int QUAD>
@@ -21,8 +29,8 @@ BITWRIGHT_FORCE typename V::Codes quad_codes(const std::uint8_t* lines) {
   if constexpr (BITS == 8) {
     return V::load(lines + QUAD * QUAD_BYTES);
   } else {
-    constexpr int SECOND = BITS & 4;               // first bit of the plane of 2 bits
-    constexpr int THIRD = SECOND + (BITS & 2);     // of that of 1 bit
+    constexpr int SECOND = BITS & 4;            // first bit of the plane of 2 bits
+    constexpr int THIRD = SECOND + (BITS & 2);  // of that of 1 bit
     Codes code{};
     if constexpr ((BITS & 4) != 0) {
       code = V::mask(V::template shift<QUAD % 2 * 4>(V::load(lines + QUAD / 2 * QUAD_BYTES)), 15);
@@ -57,6 +65,8 @@ void expand_grid(const PackedMatrix& w, std::int64_t tile, float* scale, float* 
   } else {
     const std::uint8_t* codes = static_cast<const std::uint8_t*>(w.scale) + first;
     for (std::int64_t group = 0; group < w.groups; ++group) {
+      __builtin_prefetch(codes + group * TILE + w.groups * TILE);  // the next tile's
+      __builtin_prefetch(w.statistics + ((tile + 1) * w.groups + group) * 4);
       const std::uint16_t* s = w.statistics + (tile * w.groups + group) * 4;
       const auto s0 = V::set(V::half(s[0])), s1 = V::set(V::half(s[1]));
       const auto s2 = V::set(V::half(s[2])), s3 = V::set(V::half(s[3]));
@@ -199,6 +209,7 @@ void multiply_codes_groups(const PackedMatrix& w, std::int64_t tile, const float
       for (int m = 0; m < MR; ++m) products[m] = V::zero();
       for (; chunk < end; ++chunk) {
         typename V::template Sum<BITS> sums[MR];
+        if (lane == 0) fetch_ahead<BITS>(lines);
         add_quads<V, BITS, MR, 0, QUADS>(lines, inputs, sums);
         for (int m = 0; m < MR; ++m) products[m] = V::fma(sums[m].floats(), V::set(steps[m]), products[m]);
         lines += BITS * QUAD_BYTES;
@@ -229,6 +240,7 @@ void multiply_codes_halves(const PackedMatrix& w, std::int64_t tile, const float
     for (std::int64_t chunk = 0; chunk < w.chunks; ++chunk) {
       Floats products[MR];
       for (int m = 0; m < MR; ++m) products[m] = V::zero();
+      if (lane == 0) fetch_ahead<BITS>(lines);
       unrolled<2>([&](auto index) __attribute__((always_inline)) {
         constexpr int HALF = decltype(index)::value;
         typename V::template Sum<BITS> sums[MR];

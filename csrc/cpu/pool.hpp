@@ -19,7 +19,9 @@ void run_pool(std::int64_t tasks, int threads, PoolWork work, void* context);
 // The same for a callable, work(task, worker).
 template <class Work>
 void run_tasks(std::int64_t tasks, int threads, const Work& work) {
-  const auto call = [](void* context, std::int64_t task, int worker) { (*static_cast<const Work*>(context))(task, worker); };
+  const auto call = [](void* context, std::int64_t task, int worker) {
+    (*static_cast<const Work*>(context))(task, worker);
+  };
   run_pool(tasks, threads, call, const_cast<Work*>(&work));
 }
 

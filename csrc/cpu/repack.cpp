@@ -2,6 +2,10 @@
 #include <algorithm>
 #include <cstring>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "matmul.hpp"
 #include "pool.hpp"
 #include "scratch.hpp"
@@ -131,8 +135,24 @@ void complete(PackedMatrix& w) {
   w.tile_bytes = w.chunks * w.bits * QUAD_BYTES;
 }
 
+// Asks for large pages, of which a matrix of megabytes needs few address translations.
+static void prefer_large_pages(std::uint8_t* memory, std::int64_t bytes) {
+#if defined(__linux__)
+  constexpr std::uintptr_t PAGE = 4096;
+  const auto start = reinterpret_cast<std::uintptr_t>(memory);
+  const std::uintptr_t first = (start + PAGE - 1) / PAGE * PAGE;
+  const std::uintptr_t end = (start + static_cast<std::uintptr_t>(bytes)) / PAGE * PAGE;
+  // Only a wish: failure changes nothing.
+  if (end > first) (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+  (void)memory;
+  (void)bytes;
+#endif
+}
+
 void repack_codes(const std::uint32_t* words, std::int64_t row_words, const PackedMatrix& w, std::uint8_t* codes,
                   int threads) {
+  prefer_large_pages(codes, w.tiles * w.tile_bytes);
   const auto tile = [&](std::int64_t index, int) { repack_tile(words, row_words, w, index, codes); };
   run_tasks(w.tiles, useful_threads(threads, w.tiles, static_cast<double>(w.out) * w.in), tile);
 }

@@ -67,8 +67,7 @@ def _calibration_operations(plan: Plan) -> float:
     """Floating-point operations of forward and backward passes, Hessians, factors and columns."""
     assert plan.inputs is not None
     tokens = plan.recipe.calibration.windows * plan.recipe.calibration.window_tokens
-    # The pass that advances the stream, and those that stop at each stage; forward, forward and backward.
-    passes = (2.3 if plan.inputs.sequential else 2.0) + (3.0 if plan.inputs.weighting == "gradient" else 0.0)
+    passes = _passes(plan)
     leaders = {group[0] for group in plan.adapter.shared_inputs}
     total = 0.0
     for unit in plan.units:
@@ -78,9 +77,24 @@ def _calibration_operations(plan: Plan) -> float:
             if row.calibrated and unit.block is not None:
                 out_features, in_features = row.shape
                 if row.module.removeprefix(plan.adapter.block_prefix(unit.block)) in leaders:
-                    total += 1.2 * tokens * in_features**2  # panels of half a symmetric product
+                    # panels of half a symmetric product; cross moments are not symmetric
+                    total += (1.2 + (2.0 if plan.inputs.correction else 0.0)) * tokens * in_features**2
                 total += 2.0 * in_features**3 + 2.0 * out_features * in_features**2
     return _OVERHEAD * total
+
+
+def _passes(plan: Plan) -> float:
+    """How often all calibration tokens go forward through a block; a backward pass counts as two."""
+    assert plan.inputs is not None
+    assert plan.calibrated_method is not None
+    learn = plan.calibrated_method.learn
+    # The pass that advances the stream, and those that stop at each stage; forward, forward and backward.
+    passes = (2.3 if plan.inputs.sequential else 2.0) + (3.0 if plan.inputs.weighting == "gradient" else 0.0)
+    passes += 1.0 if plan.inputs.correction or learn is not None else 0.0  # the float model's stream
+    if learn is not None:
+        # As much again goes into the weights themselves, which every step quantizes anew.
+        passes += (1.0 + learn.augmented) * (2 * 3.0 * learn.epochs + learn.checks + 1.0)
+    return passes
 
 
 def _calibration_bytes(plan: Plan) -> int:

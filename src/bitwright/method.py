@@ -115,8 +115,8 @@ class Method(Settings):
             raise ValueError("learning takes its inputs from quantized blocks; needs inputs.stream='quantized'")
         if self.learn is not None and self.activations.granularity == "tensor":
             raise ValueError("static ranges of inputs are not learned; needs activations.granularity='token'")
-        if self.learn is not None and self.learn.weights and self.inputs.correction:
-            raise ValueError("learned weights already make up for other inputs; leave out inputs.correction")
+        if self.learn is not None and self.learn.weights and not isinstance(self.rounding, Nearest):
+            raise ValueError("learned weights decide the nearest codes, which error feedback would move; needs nearest")
         if self.rotate is not None and self.rotate.online_down and "down" in getattr(self.transform, "sites", ()):
             raise ValueError("rotate.online_down mixes the channels of down; leave down out of transform.sites")
         updated = isinstance(self.rounding, Gptq) and self.rounding.groups == "updated"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -32,10 +32,9 @@ def two_level(make_qtensor: Callable[..., QTensor]) -> PackedWeight:
 
 
 @pytest.fixture
-def _restore_kernels() -> Iterator[None]:
-    yield
-    ops.set_linear_kernel("cpu", None)
-    ops.set_embedding_kernel("cpu", None)
+def _restore_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_linear_kernels", dict(ops._linear_kernels))
+    monkeypatch.setattr(ops, "_embedding_kernels", dict(ops._embedding_kernels))
 
 
 def test_wrong_inputs(weight: PackedWeight) -> None:
