@@ -31,7 +31,7 @@ QUICK = ("learn.epochs=2", "learn.batch_windows=3")
 METHODS = {
     "omniquant": ("omniquant", "w3a16g32", QUICK),
     "omniquant-paper": ("omniquant-paper", "w2a16", ("learn.epochs=1", "learn.augmented=true")),
-    "omniquant-everything": ("omniquant", "w3a8g32", (*QUICK, "learn.query_key=true")),
+    "omniquant-everything": ("omniquant", "w3a8kv4g32", (*QUICK, "learn.query_key=true")),
     "omniquant+gptq": ("omniquant+gptq", "w3a16g32", QUICK),
     "omniquant+spqr": ("omniquant+spqr", "w3a16", QUICK),
     "omniquant-smooth": ("omniquant", "w4a4", (*QUICK, "transform.name=smooth", "learn.augmented=true")),
@@ -42,7 +42,7 @@ METHODS = {
     ),
     "awq": ("awq", "w3a16g32", ()),
     "smoothquant": ("smoothquant", "w8a8", ()),
-    "smoothquant-w4a4": ("smoothquant", "w4a4", ()),
+    "smoothquant-w4a4kv4": ("smoothquant", "w4a4kv4", ()),
 }
 STEPS = 150
 RATE = 4e-3

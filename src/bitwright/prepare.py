@@ -23,11 +23,11 @@ from bitwright.learning.reconstruct import Task, reconstruct
 from bitwright.method import Method
 from bitwright.models.adapter import Adapter
 from bitwright.models.edges import RotaryEdge
-from bitwright.numeric.activation import InputSite
+from bitwright.numeric.activation import InputSite, KvSpec
 from bitwright.numeric.spec import WeightSpec
 from bitwright.ranges import Clip, Clipping, Ranging
 from bitwright.ranges.clip import search_clipping
-from bitwright.runtime.sites import input_sites
+from bitwright.runtime.sites import quantized_activations
 from bitwright.transforms.awq import Awq, search_scales
 from bitwright.transforms.equivalence import Rewrite, apply, midpoint_shifts
 from bitwright.transforms.smooth import Smooth, smooth_scales
@@ -60,6 +60,7 @@ class Block:
         targets: the float block's outputs on the float model's inputs; None unless something is learned.
         sites: what quantizes the inputs of its linears, by name relative to the block; in force only while the
             quantized block is learned, for statistics are those of what is to be quantized.
+        kv_cache: how its keys and values are quantized, then too; None: they stay in float.
     """
 
     index: int
@@ -68,6 +69,7 @@ class Block:
     inputs: Stream
     targets: Stream | None
     sites: Mapping[str, InputSite] = field(default_factory=dict)
+    kv_cache: KvSpec | None = None
 
 
 def prepares(method: Method) -> bool:
@@ -181,7 +183,7 @@ class Preparation:
         token_weights = None if weights is None else weights[(index, self._adapter.linears[-1])]
         task = Task(index, block.module, block.inputs, block.targets, augmented, token_weights)
         learnables = Learnables(start, self._adapter, learn.kinds)
-        with input_sites(block.module, block.sites):
+        with quantized_activations(block.module, block.sites, block.kv_cache):
             curve = reconstruct(
                 runner, task, learnables, learn, self._seed, lambda text: self._say(f"learning block {index}: {text}")
             )

@@ -33,7 +33,7 @@ from bitwright.numeric.activation import InputSite
 from bitwright.plan import Plan
 from bitwright.prepare import Block, Preparation, Prepared, prepares
 from bitwright.rows import Row, Unit
-from bitwright.runtime.sites import input_sites
+from bitwright.runtime.sites import input_sites, quantized_activations
 from bitwright.shares import model_wide_shares, spends_model_wide, with_share
 
 Values = Iterator[tuple[Tensor | None, Record]]
@@ -76,9 +76,8 @@ class Walk:
         self._install(block, unit, decoded_tensors(unit.rows, parts, records))
         prefix = self.plan.adapter.block_prefix(unit.block)
         rows = {row.tensor.removeprefix(prefix): row for row in unit.rows}
-        with input_sites(
-            block, _sites(rows, {r["tensor"].removeprefix(prefix): r.get("input_range") for r in records})
-        ):
+        ranges = {record["tensor"].removeprefix(prefix): record.get("input_range") for record in records}
+        with quantized_activations(block, _sites(rows, ranges), self.plan.kv_cache):
             runner.advance(unit.block, block, stream)
 
     def process(self, unit: Unit, values: Values) -> Iterator[tuple[Row, Outcome]]:
@@ -99,7 +98,7 @@ class Walk:
         for name, extremes in ranges.items():
             tensors[name][1]["input_range"] = list(extremes)
         reference = self._reference(unit.block, block)
-        with input_sites(block, _sites(rows, ranges)):
+        with quantized_activations(block, _sites(rows, ranges), self.plan.kv_cache):
             for row, outcome in self._rounded(unit, block, rows, tensors, prepared, reference):
                 self._install(block, unit, decoded_tensors([row], outcome.parts, [outcome.record]))
                 yield row, outcome
@@ -154,7 +153,7 @@ class Walk:
         preparation = Preparation(self._runner, method, self.plan.recipe.seed, self.say)
         with self.watch.phase("transforms and learning"):
             sites = _sites(rows, {}, learning=True)
-            task = Block(index, block, specs, self._stream, outputs, sites)
+            task = Block(index, block, specs, self._stream, outputs, sites, self.plan.kv_cache)
             return preparation.run(task, self._weights), outputs
 
     def _input_ranges(self, index: int, block: nn.Module, rows: Mapping[str, Row]) -> dict[str, tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""Sites: what happens to the inputs of a float block's linears, as their quantized versions will have it."""
+"""Sites: a float block whose activations are quantized as those of the finished model will be."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bitwright.numeric.activation import InputSite
+from bitwright.numeric.activation import InputSite, KvSpec
+from bitwright.runtime.attention import quantize_kv
 
 
 @contextmanager
@@ -21,4 +22,18 @@ def input_sites(block: nn.Module, sites: Mapping[str, InputSite]) -> Iterator[No
                 return (site.apply(args[0]), *args[1:])
 
             stack.callback(block.get_submodule(name).register_forward_pre_hook(apply).remove)
+        yield
+
+
+@contextmanager
+def quantized_activations(block: nn.Module, sites: Mapping[str, InputSite], kv_cache: KvSpec | None) -> Iterator[None]:
+    """Within, the linears of `block` get their inputs as `input_sites` says, and attention quantized keys and values.
+
+    A spec of past keys and values alone leaves attention in float: blocks run on their own have no mask that tells
+    a token's own place.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(input_sites(block, sites))
+        if kv_cache is not None and not kv_cache.past_only:
+            stack.enter_context(quantize_kv(block, kv_cache))
         yield
