@@ -74,7 +74,7 @@ def test_verify_finds_a_flipped_bit(
         (("plan", "MODEL", "-m", "rtx", "-s", "w4a16"), "did you mean 'rtn'"),
         (("plan", "MODEL", "-m", "rtn", "-s", "w4b16"), "scheme 'w4b16'"),
         (("plan", "MODEL", "-m", "rtn", "-s", "w4a16", "--set", "sed=1"), "did you mean 'seed'"),
-        (("plan", "MODEL", "-m", "rtn", "-s", "w4a4"), "4-bit activations"),
+        (("plan", "MODEL", "-m", "rtn", "-s", "w4a12"), "12-bit activations"),
         (("inspect", "MODEL"), "no manifest.json"),
         (("eval", "MODEL", "--text", "/nowhere.txt"), "/nowhere.txt"),
     ],
@@ -95,5 +95,5 @@ def test_refusals_are_one_message_and_status_two(
 
 def test_the_installed_command_answers() -> None:
     result = subprocess.run([sys.executable, "-m", "bitwright", "--help"], capture_output=True, text=True, check=True)
-    for command in ("plan", "quantize", "eval", "inspect", "generate", "methods"):
+    for command in ("plan", "quantize", "eval", "inspect", "generate", "bench", "methods"):
         assert command in result.stdout

@@ -20,7 +20,7 @@ FLOORS = [
     {"recipe"},
     {"rows"},
     {"budget"},
-    {"plan", "inspect", "generate"},
+    {"plan", "inspect", "generate", "bench"},
     {"journey", "evaluate", "shares", "prepare"},
     {"walk", "machine"},
     {"pipeline"},

@@ -117,7 +117,7 @@ def test_10_later_blocks_saw_exactly_what_is_stored(
 
 
 def test_float_inputs_come_from_the_float_model(tiny_llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    wanted = recipe("gptq", text_file, "inputs.stream=float", "inputs.sequential=false")
+    wanted = recipe("gptq", text_file, "inputs.stream=float", "inputs.sequential=false", "inputs.correction=0")
     summary = bitwright.quantize(str(tiny_llama_folder), tmp_path / "out", recipe=wanted)
     other = bitwright.quantize(str(tiny_llama_folder), tmp_path / "other", recipe=recipe("gptq", text_file))
     losses = [[r["loss"] for r in s.records if r["action"] == "quantize"] for s in (summary, other)]
@@ -163,10 +163,10 @@ def test_the_model_can_be_its_own_text(tiny_llama_folder: Path, tmp_path: Path) 
         (("rounding.name=gptq", "outliers.name=none"), "keep a share"),
         (("outliers.threshold=0.1",), "keep a share"),
         (("rounding.groups=updated", "rounding.order=activation"), "scatters groups"),
-        (("inputs.stream=float",), "sequential"),
+        (("inputs.stream=float", "inputs.correction=0"), "sequential"),
         (("rounding.name=nearest",), "need rounding 'gptq'"),
         (("rounding.refit=true",), "scales of one level"),
-        (("inputs.stream=float", "inputs.sequential=false", "inputs.correction=0.5"), "needs stream='quantized'"),
+        (("inputs.stream=float", "inputs.sequential=false", "inputs.correction=0.5"), "nothing to correct"),
         (("outliers.threshold=0.1", "outliers.scope=model"), "leave out threshold"),
     ],
 )

@@ -15,12 +15,14 @@ import typer
 
 import bitwright
 from bitwright import console as show
+from bitwright.bench import bench as measure_speed
 from bitwright.calibration.text import Layout
 from bitwright.errors import BitwrightError
 from bitwright.evaluate import EvalOptions
 from bitwright.evaluate.perplexity import Protocol
 from bitwright.machine import estimate
 from bitwright.method import load_method, method_names
+from bitwright.runtime.cpu import CpuMode
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -165,7 +167,24 @@ def generate(
     """Continue a prompt, greedily."""
     result = bitwright.generate(model, prompt, tokens=tokens, chat=chat)
     show.console.print(result.text, highlight=False, markup=False)
-    show.error_console.print(f"[dim]{result.tokens} tokens in {result.seconds:.1f} s[/]")
+    loop = "" if result.fallback is None else f", in transformers' own loop: {result.fallback}"
+    said = f"{result.tokens} tokens in {result.seconds:.1f} s{loop}"
+    show.error_console.print(said, style="dim", highlight=False, markup=False)
+
+
+@app.command()
+def bench(
+    model: ModelArgument,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after it.")] = 64,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: all processors.")] = None,
+    mode: Annotated[CpuMode, typer.Option(help="Arithmetic of the compiled kernels.")] = "exact",
+    json_file: JsonOption = None,
+) -> None:
+    """Measure the speed of decoding and of prefill on this machine."""
+    result = measure_speed(model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads, mode=mode)
+    show.show_bench(result)
+    _write_json(json_file, result.to_json())
 
 
 def _overrides(given: list[str] | None, calibration: str | None, bits_per_weight: float | None) -> list[str]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bitwright.bench import Bench
 from bitwright.evaluate import Evaluation
 from bitwright.inspect import Inspection
 from bitwright.machine import Estimate
@@ -189,3 +190,27 @@ def show_inspection(inspection: Inspection) -> None:
         table.add_row(module, spec, f"{8 * record['bytes'] / weights:.3f}", str(record["outliers"]), sqnr)
     console.print(table)
     console.print(f"{size(inspection.bytes)} of weights, {inspection.bits_per_weight:.3f} bits per quantized weight.")
+
+
+def show_bench(result: Bench) -> None:
+    """The speed of a model, one measure per line; what slowed it down."""
+    table = Table(title=result.model, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    share, weights = result.read_bandwidth_share, result.weight_bytes_per_token
+    for label, text in (
+        (f"decode, {result.new_tokens} tokens", f"{result.decode_tokens_per_second:.1f} tokens/s"),
+        (f"prefill, {result.prompt_tokens} tokens", f"{result.prefill_tokens_per_second:.1f} tokens/s"),
+        ("weights read per token", "unknown" if weights is None else size(weights)),
+        ("memory read at", f"{size(result.read_bandwidth_bytes_per_second)}/s"),
+        ("share of that in decode", "unknown" if share is None else f"{share:.0%}"),
+        ("peak memory", size(result.peak_rss_bytes)),
+        ("path, kernels, mode", f"{result.path}, {result.kernels}, {result.mode}"),
+        ("threads", str(result.threads)),
+    ):
+        table.add_row(label, text)
+    console.print(table)
+    if result.kernels_reason is not None:
+        console.print(f"[yellow]Products run in the slow PyTorch reference: {result.kernels_reason}.[/]")
+    elif result.path_reason is not None:
+        console.print(f"Not on the lean path: {result.path_reason}.", highlight=False, markup=False)

@@ -1,24 +1,57 @@
-"""Generate text with any MODEL, float or quantized."""
+"""Generate text with any MODEL, float or quantized: on the lean decode path, or else in transformers' own loop."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from bitwright.checkpoint.load import load_model
 from bitwright.errors import EvaluationError
+from bitwright.runtime.decode import LeanDecoder, supports
+
+# Settings of transformers that change greedy choices, and the values (besides None) that do not.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "repetition_penalty": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "max_time": (),
+    "stop_strings": (),
+    "bad_words_ids": (),
+    "sequence_bias": (),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "guidance_scale": (1.0,),
+    "watermarking_config": (),
+    "prompt_lookup_num_tokens": (),
+    "dola_layers": (),
+    "remove_invalid_values": (False,),
+    "renormalize_logits": (False, True),
+}
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A continuation and how fast it came."""
+    """A continuation and how fast it came.
+
+    `fallback`: why transformers' own loop made it and not the lean decode path; None where that did.
+    """
 
     prompt: str
     text: str
     tokens: int
     seconds: float
+    fallback: str | None = None
 
 
 def generate(model: str, prompt: str, *, tokens: int = 32, chat: bool = False) -> Generation:
@@ -39,15 +72,44 @@ def generate(model: str, prompt: str, *, tokens: int = 32, chat: bool = False) -
     else:
         text = prompt
     inputs = loaded.tokenizer(text, return_tensors="pt")
+    ids = inputs["input_ids"]
+    length = ids.shape[1] + tokens
+    fallback = supports(loaded.model, length) or _not_greedy(loaded.model.generation_config)
     started = time.perf_counter()
-    with torch.no_grad():
-        output = loaded.model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id,
-        )
+    if fallback is None and ids.shape[1]:
+        new = _lean(LeanDecoder(loaded.model, max_length=length), ids[0], tokens, _ends(loaded.model.generation_config))
+    else:
+        with torch.no_grad():
+            output = loaded.model.generate(
+                input_ids=ids,
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id,
+            )
+        new = output[0, ids.shape[1] :].tolist()
     seconds = time.perf_counter() - started
-    new = output[0, inputs["input_ids"].shape[1] :]
-    return Generation(prompt, loaded.tokenizer.decode(new, skip_special_tokens=True), new.numel(), seconds)
+    return Generation(prompt, loaded.tokenizer.decode(new, skip_special_tokens=True), len(new), seconds, fallback)
+
+
+def _lean(decoder: LeanDecoder, ids: Tensor, tokens: int, ends: set[int]) -> list[int]:
+    """At most `tokens` new tokens behind `ids` [tokens]; one of `ends` is the last."""
+    new = [int(decoder.prefill(ids).argmax())]
+    while len(new) < tokens and new[-1] not in ends:
+        new.append(int(decoder.step(new[-1]).argmax()))
+    return new
+
+
+def _ends(config: Any) -> set[int]:
+    """The tokens that end a text."""
+    ends = config.eos_token_id
+    return set() if ends is None else set(ends) if isinstance(ends, list) else {ends}
+
+
+def _not_greedy(config: Any) -> str | None:
+    """A setting of the model's generation_config by which transformers would not take the likeliest token."""
+    for name, neutral in _NEUTRAL.items():
+        value = getattr(config, name, None)
+        if value is not None and value not in neutral:
+            return f"generation_config.json sets {name} to {value}"
+    return None

@@ -61,7 +61,7 @@ class Inputs(Settings):
     @model_validator(mode="after")
     def _float_inputs_do_not_change(self) -> Inputs:
         if self.stream == "float" and self.correction:
-            raise ValueError("float inputs do not differ from the float model's; correction needs stream='quantized'")
+            raise ValueError("float inputs have nothing to correct; set correction=0, or stream='quantized'")
         if self.stream == "float" and self.sequential:
             raise ValueError(
                 "float inputs do not depend on what was rounded before; stream='float' needs sequential=false"
