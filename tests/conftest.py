@@ -61,6 +61,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibration text of some thousand words."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    lines = (f"The quick brown fox {n} jumps over the lazy dog, and the dog {n * n} sleeps on." for n in range(300))
+    path.write_text(" ".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_llama_folder(tmp_path_factory) -> Path:
     """A Hugging Face folder with tokenizer: random Llama, 2 blocks, hidden 64, 4 heads on 2, untied.
 

@@ -14,7 +14,6 @@ from bitwright import walk
 from bitwright.checkpoint.load import load_model
 from bitwright.errors import CalibrationError, EvaluationError, FallbackError, PlanError, RecipeError
 
-TEXT = " ".join(f"The quick brown fox {n} jumps over the lazy dog, and the dog {n * n} sleeps on." for n in range(300))
 SMALL = ("calibration.windows=6", "calibration.window_tokens=64")
 # id: method, scheme, settings
 METHODS = {
@@ -26,13 +25,6 @@ METHODS = {
     "spqr-near-lossless": ("spqr-near-lossless", "w4a16", ()),
     "spqr-paper": ("spqr-paper", "w3a16", ()),
 }
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text(TEXT)
-    return path
 
 
 def recipe(name: str, text: Path, *more: str) -> bitwright.Recipe:

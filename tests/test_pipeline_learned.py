@@ -24,7 +24,6 @@ from bitwright.errors import RecipeError
 from bitwright.models import adapter_for
 from bitwright.transforms.rotate import Rotate, rotated
 
-TEXT = " ".join(f"The quick brown fox {n} jumps over the lazy dog, and the dog {n * n} sleeps on." for n in range(300))
 SMALL = ("calibration.windows=6", "calibration.window_tokens=64")
 QUICK = ("learn.epochs=2", "learn.batch_windows=3")
 # id: method, scheme, settings
@@ -48,13 +47,6 @@ STEPS = 150
 RATE = 4e-3
 ONE = bitwright.RunOptions(workers=1)
 LEARNED = [name for name in METHODS if name.startswith("omniquant")]
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text(TEXT)
-    return path
 
 
 def recipe(name: str, text: Path, *more: str) -> bitwright.Recipe:

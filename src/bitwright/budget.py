@@ -27,12 +27,12 @@ def within_budget(units: Sequence[Unit], bits_per_weight: float) -> tuple[Unit, 
         PlanError: no tensor's outliers are free to choose, or there is no room for any.
     """
     quantized = [row for unit in units for row in unit.rows if row.action == "quantize"]
-    free = [row for row in quantized if _is_free(row)]
+    free = [row for row in quantized if row.keeps_a_share]
     if not free:
         raise PlanError(
             f"bits_per_weight={bits_per_weight:g} needs a method whose outliers 'obs' keep a share, such as spqr"
         )
-    fixed_bytes = sum(_bytes(row, 0) if _is_free(row) else row.bytes for row in quantized)
+    fixed_bytes = sum(_bytes(row, 0) if row.keeps_a_share else row.bytes for row in quantized)
     # A first outlier brings a tensor's counts and steps; the others only themselves.
     first_bytes = sum(_bytes(row, 1) - _bytes(row, 0) for row in free)
     room_bytes = bits_per_weight * sum(row.weights for row in quantized) / 8 - fixed_bytes - first_bytes
@@ -49,11 +49,6 @@ def within_budget(units: Sequence[Unit], bits_per_weight: float) -> tuple[Unit, 
     return tuple(replace(unit, rows=tuple(_with_share(row, share) for row in unit.rows)) for unit in units)
 
 
-def _is_free(row: Row) -> bool:
-    policy = None if row.method is None else row.method.outliers
-    return isinstance(policy, Obs) and policy.keeps_a_share
-
-
 def _bytes(row: Row, outliers: int) -> int:
     assert row.spec is not None
     assert row.method is not None
@@ -64,8 +59,6 @@ def _bytes(row: Row, outliers: int) -> int:
 
 
 def _with_share(row: Row, share: float) -> Row:
-    if row.method is None or not _is_free(row):
+    if not row.keeps_a_share:
         return row
-    policy = row.method.outliers.model_copy(update={"share": share})
-    method = row.method.model_copy(update={"outliers": policy})
-    return replace(row, method=method, bytes=_bytes(row, max(1, round(share * row.weights))))
+    return replace(row.with_share(share), bytes=_bytes(row, max(1, round(share * row.weights))))

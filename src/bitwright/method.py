@@ -98,8 +98,17 @@ class Method(Settings):
     @property
     def calibrated(self) -> bool:
         """Whether the method needs to see the inputs of the linears."""
-        searched = isinstance(self.range, Clip) and self.range.search
-        return self.transform.name != "none" or self.learn is not None or searched or isinstance(self.rounding, Gptq)
+        return self.prepares or isinstance(self.rounding, Gptq)
+
+    @property
+    def prepares(self) -> bool:
+        """Whether the method does anything to a block before rounding it."""
+        return self.transform.name != "none" or self.learn is not None or self.searches_clipping
+
+    @property
+    def searches_clipping(self) -> bool:
+        """Whether the shares of groups' ranges are searched for."""
+        return isinstance(self.range, Clip) and self.range.search
 
     @property
     def of_blocks(self) -> tuple[Any, ...]:

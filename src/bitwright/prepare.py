@@ -25,7 +25,7 @@ from bitwright.models.adapter import Adapter
 from bitwright.models.edges import RotaryEdge
 from bitwright.numeric.activation import InputSite, KvSpec
 from bitwright.numeric.spec import WeightSpec
-from bitwright.ranges import Clip, Clipping, Ranging
+from bitwright.ranges import Clipping, Ranging
 from bitwright.ranges.clip import search_clipping
 from bitwright.runtime.sites import quantized_activations
 from bitwright.transforms.awq import Awq, search_scales
@@ -72,12 +72,6 @@ class Block:
     kv_cache: KvSpec | None = None
 
 
-def prepares(method: Method) -> bool:
-    """Whether `method` does anything to a block before rounding it."""
-    searched = isinstance(method.range, Clip) and method.range.search
-    return method.transform.name != "none" or method.learn is not None or searched
-
-
 class Preparation:
     """Carries out the steps before rounding of one method, block by block."""
 
@@ -94,17 +88,21 @@ class Preparation:
         tensors = {name: value.detach() for name, value in block.module.named_parameters()}
         evidence = self._evidence(block, weights)
         rewrite, report = self._rewrite(block, tensors, evidence)
-        clipping = self._clipping(block, tensors, rewrite, evidence)
+        rewritten = apply(rewrite, self._adapter, tensors)
+        clipping = self._clipping(block, rewritten, rewrite, evidence) if self._method.searches_clipping else {}
         if self._method.learn is None:
-            return Prepared(apply(rewrite, self._adapter, tensors), clipping, report)
+            return Prepared(rewritten, clipping, report)
         start = Start(tensors, block.specs, self._method.range, rewrite, clipping)
         return self._learn(block, start, weights, report)
 
     def _evidence(self, block: Block, weights: TokenWeights | None) -> dict[str, Evidence]:
         """Statistics of every calibrated linear's inputs; none where nothing asks for them."""
         method = self._method
-        searched = isinstance(method.range, Clip) and method.range.search
-        if method.transform.name == "none" and not searched and not (method.learn and method.learn.shifts):
+        if (
+            method.transform.name == "none"
+            and not method.searches_clipping
+            and not (method.learn and method.learn.shifts)
+        ):
             return {}
         self._say(f"statistics of block {block.index}")
         gathering = HessianPass(self._runner, weights)
@@ -144,12 +142,9 @@ class Preparation:
         return grid.decode(grid.encode(weight))
 
     def _clipping(
-        self, block: Block, tensors: Mapping[str, Tensor], rewrite: Rewrite, evidence: Mapping[str, Evidence]
+        self, block: Block, rewritten: Mapping[str, Tensor], rewrite: Rewrite, evidence: Mapping[str, Evidence]
     ) -> dict[str, Clipping]:
-        """The best shares of the rewritten weights, where the range asks for a search."""
-        if not isinstance(self._method.range, Clip) or not self._method.range.search:
-            return {}
-        rewritten = apply(rewrite, self._adapter, tensors)
+        """The best shares of the rewritten weights; `evidence` is of the block as it was before."""
         factors = self._input_factors(rewrite)
         found = {}
         for name, spec in block.specs.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from bitwright.method import Method
 from bitwright.numeric.activation import ActivationSpec, InputSite
 from bitwright.numeric.spec import WeightSpec
 from bitwright.rounding.gptq import Gptq
+from bitwright.rounding.sensitivity import Obs
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,18 @@ class Row:
     def needs_hessian(self) -> bool:
         """Whether its rounding needs the Hessian of the linear's inputs."""
         return self.method is not None and isinstance(self.method.rounding, Gptq)
+
+    @property
+    def keeps_a_share(self) -> bool:
+        """Whether its outliers are a share of its weights, chosen by sensitivity, rather than those above a limit."""
+        policy = None if self.method is None else self.method.outliers
+        return isinstance(policy, Obs) and policy.keeps_a_share
+
+    def with_share(self, share: float) -> Row:
+        """The row, which keeps a share, with another one; `bytes` stays."""
+        assert self.method is not None
+        policy = self.method.outliers.model_copy(update={"share": share})
+        return replace(self, method=self.method.model_copy(update={"outliers": policy}))
 
     @property
     def source_bytes(self) -> int:

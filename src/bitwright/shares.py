@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,8 +39,7 @@ class Gains:
 
 def spends_model_wide(row: Row) -> bool:
     """Whether the row's share of outliers is decided over the whole model."""
-    policy = None if row.method is None else row.method.outliers
-    return isinstance(policy, Obs) and policy.keeps_a_share and policy.scope == "model"
+    return row.keeps_a_share and _policy(row).scope == "model"
 
 
 def model_wide_shares(
@@ -64,7 +63,7 @@ def model_wide_shares(
                 loss = _units(weights, index, name) * block.get_parameter(f"{name}.weight").detach()
                 gains[row.tensor] = _count(row, loss, evidence.hessian)
             runner.advance(index, block, stream)
-    kept = sum(_share(row) * row.weights for row in rows.values())
+    kept = sum(_policy(row).share * row.weights for row in rows.values())
     return spend(gains, kept)
 
 
@@ -86,17 +85,10 @@ def spend(gains: Mapping[str, Gains], kept: float) -> dict[str, float]:
     }
 
 
-def with_share(row: Row, share: float) -> Row:
-    """The row with another share of outliers."""
-    assert row.method is not None
-    policy = row.method.outliers.model_copy(update={"share": share})
-    return replace(row, method=row.method.model_copy(update={"outliers": policy}))
-
-
-def _share(row: Row) -> float:
+def _policy(row: Row) -> Obs:
     assert row.method is not None
     assert isinstance(row.method.outliers, Obs)
-    return row.method.outliers.share
+    return row.method.outliers
 
 
 def _units(weights: TokenWeights | None, index: int, name: str) -> float:

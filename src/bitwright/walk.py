@@ -31,10 +31,10 @@ from bitwright.journey import Outcome, Record, process_row, stored_entry
 from bitwright.method import Inputs
 from bitwright.numeric.activation import InputSite
 from bitwright.plan import Plan
-from bitwright.prepare import Block, Preparation, Prepared, prepares
+from bitwright.prepare import Block, Preparation, Prepared
 from bitwright.rows import Row, Unit
 from bitwright.runtime.sites import input_sites, quantized_activations
-from bitwright.shares import model_wide_shares, spends_model_wide, with_share
+from bitwright.shares import model_wide_shares, spends_model_wide
 
 Values = Iterator[tuple[Tensor | None, Record]]
 
@@ -146,7 +146,7 @@ class Walk:
         specs = {name: row.spec for name, row in linears.items() if row.calibrated and row.spec is not None}
         method = self.plan.calibrated_method
         outputs = self._outputs(index, block) if method is not None and method.learn is not None else None
-        if not specs or method is None or not prepares(method):
+        if not specs or method is None or not method.prepares:
             return Prepared({}), outputs
         assert self._runner is not None
         assert self._stream is not None
@@ -250,7 +250,7 @@ class Walk:
 
     def _with_own_share(self, row: Row) -> Row:
         """The row with the share of outliers that was found for it, where one was."""
-        return with_share(row, self._shares[row.tensor]) if row.tensor in self._shares else row
+        return row.with_share(self._shares[row.tensor]) if row.tensor in self._shares else row
 
     def _stages(self) -> Sequence[Sequence[str]]:
         adapter = self.plan.adapter

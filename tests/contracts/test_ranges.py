@@ -34,6 +34,19 @@ def test_every_range_is_under_contract() -> None:
     assert {type(settings) for settings in ALL} == set(RANGES)
 
 
+ODD = torch.stack(
+    [
+        torch.zeros(16),
+        torch.full((16,), 0.25),
+        torch.full((16,), -0.25),
+        torch.linspace(0.5, 1.0, 16),
+        torch.linspace(-1.0, -0.5, 16),
+        torch.full((16,), 1e-9),
+        torch.linspace(-1.0, 0.01, 16),
+    ]
+)
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=WeightSpec.label)
 @pytest.mark.parametrize("settings", ALL, ids=lambda s: s.name)
 def test_results_are_as_stored(settings, spec: WeightSpec) -> None:
@@ -116,16 +129,7 @@ def test_adam_is_the_papers_adam() -> None:
 @pytest.mark.parametrize("spec", SPECS, ids=WeightSpec.label)
 @pytest.mark.parametrize("settings", ALL, ids=lambda s: s.name)
 def test_odd_groups_survive(settings, spec: WeightSpec) -> None:
-    odd = torch.stack(
-        [
-            torch.zeros(16),
-            torch.full((16,), 0.25),
-            torch.full((16,), -0.25),
-            torch.linspace(0.5, 1.0, 16),
-            torch.linspace(-1.0, -0.5, 16),
-            torch.full((16,), 1e-9),
-        ]
-    )
+    odd = ODD[:6]
     scale, zero = RANGES[type(settings)](odd, None, None, spec, settings)
     result = odd - errors(odd, scale, zero, spec)
     assert bool(torch.isfinite(result).all())
@@ -171,18 +175,6 @@ def test_ragged_matrices(settings, shape: tuple[int, int]) -> None:
 
 
 # --- clip: shares from learning or a search; invariants numbered as in the research notes on OmniQuant ---------------
-
-ODD = torch.stack(
-    [
-        torch.zeros(16),
-        torch.full((16,), 0.25),
-        torch.full((16,), -0.25),
-        torch.linspace(0.5, 1.0, 16),
-        torch.linspace(-1.0, -0.5, 16),
-        torch.full((16,), 1e-9),
-        torch.linspace(-1.0, 0.01, 16),
-    ]
-)
 
 
 def logits(rows: int, groups: int, value: float = 4.0) -> tuple[Tensor, Tensor]:
