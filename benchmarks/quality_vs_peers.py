@@ -1,7 +1,12 @@
-"""bitwright's calibrated methods next to llm-compressor's GPTQ, AutoRound and HQQ: quality against bits, one table.
+"""bitwright's calibrated methods next to llm-compressor's GPTQ and SmoothQuant, AutoRound and HQQ: quality against
+bits, one table.
 
     python benchmarks/quality_vs_peers.py --calibration-text FILE --text FILE [--schemes w4a16g64,w3a16g64]
         [--peers llmcompressor,autoround,hqq] [--methods rtn:w4a16g64,spqr:w3a16g64:3.5,...] [--json FILE]
+
+A method is followed by its scheme, and then perhaps by bits per weight and settings, colons between them:
+`omniquant:w3a16g64:learn.epochs=8`. SmoothQuant is a peer for schemes with quantized activations and symmetric weights
+per channel, w8a8-sym; its activations are quantized as ours are, each token on its own range.
 
 The model is the off-grid demo model in float32. Every method that wants data is shown the same tokens, drawn by
 bitwright's own rule; every result is measured on the same windows of another text, against the same float model.
@@ -36,6 +41,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import bitwright
+from bitwright import Scheme
 from bitwright.calibration.overlap import fingerprints, overlap
 from bitwright.calibration.text import load_text
 from bitwright.calibration.tokens import Calibration, TokenWindows, calibration_windows
@@ -43,6 +49,7 @@ from bitwright.checkpoint.load import load_model
 from bitwright.checkpoint.open import open_source
 from bitwright.checkpoint.quiet import quiet_transformers
 from bitwright.evaluate import Divergence, Windows, compare, paired_interval, perplexity_of, token_windows
+from bitwright.numeric.activation import ActivationSpec, InputSite
 
 WORK = Path(__file__).parents[1] / "build" / "peers"
 METHODS = "rtn:w4a16g64,easyquant:w4a16g64,gptq:w4a16g64,spqr:w4a16g64,spqr-near-lossless:w4a16g64"
@@ -124,7 +131,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--peers", type=_list, default=list(PEERS), help=f"of {', '.join(PEERS)}")
     parser.add_argument("--schemes", type=_list, default=["w4a16g64"], help="of the peers")
-    parser.add_argument("--methods", type=_list, default=_list(METHODS), help="ours, as name:scheme[:bits per weight]")
+    parser.add_argument("--methods", type=_list, default=_list(METHODS), help="ours, as name:scheme[:bits][:key=value]")
     parser.add_argument("--iterations", type=int, default=30, help="of AutoRound, per block")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=WORK, help="what is kept between runs")
@@ -180,23 +187,26 @@ def rows(arguments: argparse.Namespace, bench: Bench) -> Iterator[tuple[str, Cal
 
 def theirs(name: str, scheme: str, arguments: argparse.Namespace, inputs: Inputs) -> Result:
     """What a peer makes of the model, or made of it in an earlier run."""
-    peer, parsed = PEERS[name], bitwright.Scheme.parse(scheme)
-    if parsed.activation_bits != 16 or parsed.kv_bits != 16 or parsed.group_size is None or parsed.symmetric:
-        raise PeerError("peers are measured with weights alone, in groups, asymmetric: w4a16g64 and the like")
+    peer, parsed = PEERS[name], Scheme.parse(scheme)
+    if parsed.kv_bits != 16 or not _suits(parsed, peer.activations):
+        raise PeerError(f"needs a scheme such as {'w8a8-sym' if peer.activations else 'w4a16g64'}")
     work = arguments.work.resolve()
     options = {"iterations": arguments.iterations, "seed": arguments.seed}
     out = environments.result_folder(name, scheme, inputs, options, work)
     job = [str(inputs.model), str(inputs.windows), str(out)]
-    job += ["--bits", str(parsed.weight_bits), "--group-size", str(parsed.group_size)]
+    job += ["--bits", str(parsed.weight_bits), "--group-size", str(parsed.group_size or 0)]
     for option, value in options.items():
         job += [f"--{option}", str(value)]
     print(f"{peer.label} {scheme}: {out}", file=sys.stderr)
-    found = environments.run(name, environments.install(name, work), out, job, arguments.background)
+    found = environments.run(name, environments.install(peer.environment or name, work), out, job, arguments.background)
+    model = load_model(str(out)).model
+    if parsed.activation_bits != 16:
+        quantize_inputs(model, parsed.activation_bits)
     label = f"{peer.label}, {arguments.iterations} iterations" if "iterations" in peer.options else peer.label
     return Result(
         method=label,
         scheme=scheme,
-        model=load_model(str(out)).model,
+        model=model,
         bits_per_weight=found["bits_per_weight"],
         seconds=found["seconds"],
         processor_seconds=found["processor_seconds"],
@@ -204,14 +214,29 @@ def theirs(name: str, scheme: str, arguments: argparse.Namespace, inputs: Inputs
     )
 
 
+def _suits(scheme: Scheme, activations: bool) -> bool:
+    """Whether a peer of weights alone, or of activations too, is measured with `scheme`."""
+    if activations:
+        return scheme.activation_bits != 16 and scheme.group_size is None and scheme.symmetric is True
+    return scheme.activation_bits == 16 and scheme.group_size is not None and not scheme.symmetric
+
+
+def quantize_inputs(model: nn.Module, bits: int) -> None:
+    """From now on the inputs of all linears but the head are rounded to `bits` bits, symmetrically for each token."""
+    site = InputSite(activation=ActivationSpec(bits=bits, granularity="token", symmetric=True))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(lambda _, args: (site.apply(args[0]), *args[1:]))
+
+
 def ours(asked: str, arguments: argparse.Namespace, inputs: Inputs) -> Result:
-    """The whole journey of `name:scheme[:bits]`: quantize to disk, read back."""
-    method, scheme, *bits = asked.split(":")
+    """The whole journey of `name:scheme[:bits][:key=value]`: quantize to disk, read back."""
+    method, scheme, *settings = asked.split(":")
     overrides = [
         f"seed={arguments.seed}",
         f"calibration.windows={arguments.calibration_windows}",
         f"calibration.window_tokens={arguments.calibration_tokens}",
-        *(f"bits_per_weight={float(value)}" for value in bits),
+        *(value if "=" in value else f"bits_per_weight={float(value)}" for value in settings),
     ]
     if arguments.calibration_text is not None:
         overrides.append(f"calibration.text={json.dumps(str(arguments.calibration_text.resolve()))}")
@@ -224,7 +249,7 @@ def ours(asked: str, arguments: argparse.Namespace, inputs: Inputs) -> Result:
         processor_seconds = time.process_time() - processor_started
         model = load_model(str(out)).model
     return Result(
-        method=f"**bitwright {method}**",
+        method=" ".join((f"**bitwright {method}**", *settings)),
         scheme=scheme,
         model=model,
         bits_per_weight=summary.bits_per_weight,
@@ -258,7 +283,7 @@ def as_json(result: Result, divergence: Divergence, bench: Bench) -> dict[str, A
     """One row for `--json`, with its numbers per window, so that any two rows can be compared in pairs."""
     interval = paired_interval(divergence.kl.mean(1))
     return {
-        "method": result.method.strip("*"),
+        "method": result.method.replace("**", ""),
         "scheme": result.scheme,
         "bits_per_weight": result.bits_per_weight,
         "perplexity": perplexity_of(divergence.losses),

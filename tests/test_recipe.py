@@ -31,8 +31,10 @@ def test_presets() -> None:
         "hqq",
         "omniquant",
         "omniquant+gptq",
+        "omniquant+rotate",
         "omniquant+spqr",
         "omniquant-paper",
+        "rotate",
         "rtn",
         "smoothquant",
         "spqr",
@@ -54,6 +56,8 @@ def test_presets_fit_the_scheme(tmp_path: Path) -> None:
     assert learn("w3a16g64") == (20, False, "none")
     assert learn("w2a16g64") == (40, True, "none")
     assert learn("w6a6") == (20, False, "smooth")
+    assert load_recipe("omniquant", "w3a16g64").method.learn.epochs == 4
+    assert load_recipe("omniquant", "w2a16g64").method.learn.epochs == 8
     # what a user sets comes after
     assert load_recipe("omniquant-paper", "w2a16", overrides=["learn.epochs=3"]).method.learn.epochs == 3
     path = tmp_path / "recipe.toml"
@@ -61,6 +65,19 @@ def test_presets_fit_the_scheme(tmp_path: Path) -> None:
         'scheme = "w3a16"\nmethod = "rtn"\n[[rules]]\nmatch = "*"\nscheme = "w2a16"\nmethod = "omniquant-paper"\n'
     )
     assert load_recipe(file=path).rules[0].method.learn.epochs == 40
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("learn.clip=false", "learn.scales=false"),
+        ("learn.clip=false",),
+        ("range.name=minmax",),
+    ],
+)
+def test_learning_without_anything_to_learn_is_refused(settings: tuple[str, ...]) -> None:
+    with pytest.raises(RecipeError, match="nothing to learn"):
+        load_recipe("omniquant-paper", "w3a16", overrides=settings)
 
 
 @pytest.mark.parametrize("name", ["rtn", "easyquant", "easyquant-paper", "hqq"])

@@ -37,7 +37,7 @@ LARGEST_DEVIATION = 0.05
 
 @dataclass(frozen=True)
 class Job:
-    """What to do; `iterations` is for peers that learn, `seed` for those that draw."""
+    """What to do; `iterations` is for peers that learn, `seed` for those that draw. `group_size` 0: per channel."""
 
     model: Path
     windows: Path
@@ -52,13 +52,15 @@ class Job:
 class Coded:
     """One quantized weight: `codes` [out, in], `scale` and `zero` [out, groups]; weight = (code - zero) * scale.
 
-    Zeros are whole numbers of `bits` bits, or float16 where `float_zero`.
+    Zeros are whole numbers of `bits` bits, float16 where `float_zero`, or the same everywhere and not stored where
+    `symmetric`.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor
     float_zero: bool = False
+    symmetric: bool = False
 
     def decoded(self) -> Tensor:
         """The weight [out, in] in float32, from what is stored."""
@@ -77,7 +79,7 @@ class Coded:
             zero = self.zero.round()
             assert bool((zero == self.zero).all()), "zeros are not whole numbers"
             assert 0 <= int(zero.min()) <= int(zero.max()) < 2**bits, f"zeros do not fit {bits} bits"
-        zero_bits = 16 if self.float_zero else bits
+        zero_bits = 0 if self.symmetric else 16 if self.float_zero else bits
         parts = ((self.codes, bits), (self.scale, 16), (self.zero, zero_bits))
         return sum(math.ceil(part.numel() * width / 8) for part, width in parts)
 
@@ -104,6 +106,9 @@ def main(peer: str, package: str, quantize: Quantize, extract: Extract) -> None:
     seconds, processor_seconds = time.perf_counter() - started, time.process_time() - processor_started
 
     weights = load_file(job.model / WEIGHTS)
+    # what else it changed: norms that took up scales
+    now = quantized.state_dict()
+    weights = {name: now.get(name, value).detach().float().contiguous() for name, value in weights.items()}
     stored = count = 0
     deviation = 0.0
     for name in names:

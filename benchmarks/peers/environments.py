@@ -40,26 +40,35 @@ class Peer:
         pins: what is installed: the newest releases that go together.
         options: arguments of the benchmark that change its result.
         variables: for its installation.
+        environment: the peer whose environment it shares; None: its own.
+        activations: whether it quantizes activations too.
     """
 
     label: str
     pins: tuple[str, ...]
     options: tuple[str, ...] = ()
     variables: tuple[tuple[str, str], ...] = ()
+    environment: str | None = None
+    activations: bool = False
 
 
+LLMCOMPRESSOR = (
+    "llmcompressor==0.14.0.1",
+    "compressed-tensors==0.19.0",
+    "transformers==5.17.0",  # this release refuses later ones
+    "datasets==5.2.0",
+)
 COMMON = ("torch==2.13.0", "safetensors==0.8.0", "accelerate==1.15.0", "numpy==2.4.6")
 PEERS = {
     "llmcompressor": Peer(
         label="llm-compressor GPTQ",
-        # this release refuses transformers above 5.17
-        pins=(
-            "llmcompressor==0.14.0.1",
-            "compressed-tensors==0.19.0",
-            "transformers==5.17.0",
-            "datasets==5.2.0",
-            *COMMON,
-        ),
+        pins=(*LLMCOMPRESSOR, *COMMON),
+    ),
+    "smoothquant": Peer(
+        label="llm-compressor SmoothQuant",
+        pins=(*LLMCOMPRESSOR, *COMMON),
+        environment="llmcompressor",
+        activations=True,
     ),
     "autoround": Peer(
         label="AutoRound",

@@ -111,6 +111,13 @@ class Method(Settings):
         return isinstance(self.range, Clip) and self.range.search
 
     @property
+    def _learns_something(self) -> bool:
+        assert self.learn is not None
+        shares = self.learn.clip and isinstance(self.range, Clip)
+        scales = self.learn.scales and (self.transform.name != "none" or self.learn.query_key)
+        return shares or scales or self.learn.shifts or self.learn.weights
+
+    @property
     def of_blocks(self) -> tuple[Any, ...]:
         """What is done to a whole block, or the model: linears of one block cannot differ in it."""
         learned_range = self.range if isinstance(self.range, Clip) else None
@@ -124,6 +131,11 @@ class Method(Settings):
             raise ValueError("learning takes its inputs from quantized blocks; needs inputs.stream='quantized'")
         if self.learn is not None and self.activations.granularity == "tensor":
             raise ValueError("static ranges of inputs are not learned; needs activations.granularity='token'")
+        if self.learn is not None and not self._learns_something:
+            raise ValueError(
+                "learn has nothing to learn; needs learn.clip with range.name='clip', learn.scales with a transform or "
+                "learn.query_key, learn.shifts or learn.weights"
+            )
         if self.learn is not None and self.learn.weights and not isinstance(self.rounding, Nearest):
             raise ValueError("learned weights decide the nearest codes, which error feedback would move; needs nearest")
         if self.rotate is not None and self.rotate.online_down and "down" in getattr(self.transform, "sites", ()):

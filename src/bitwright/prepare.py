@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.calibration.blocks import BlockRunner
+from bitwright.calibration.capture import input_moments
 from bitwright.calibration.gradients import TokenWeights
-from bitwright.calibration.hessians import Evidence, HessianPass
+from bitwright.calibration.hessians import HessianPass
+from bitwright.calibration.statistics import ChannelMoments
 from bitwright.calibration.stream import Stream
 from bitwright.learning.parameters import Learnables, Start
 from bitwright.learning.reconstruct import Task, reconstruct
@@ -86,40 +88,45 @@ class Preparation:
     def run(self, block: Block, weights: TokenWeights | None) -> Prepared:
         """The block's tensors and shares, ready to be rounded; the module is left as it was."""
         tensors = {name: value.detach() for name, value in block.module.named_parameters()}
-        evidence = self._evidence(block, weights)
-        rewrite, report = self._rewrite(block, tensors, evidence)
+        moments, hessians = self._statistics(block, weights)
+        rewrite, report = self._rewrite(block, tensors, moments, hessians)
         rewritten = apply(rewrite, self._adapter, tensors)
-        clipping = self._clipping(block, rewritten, rewrite, evidence) if self._method.searches_clipping else {}
+        clipping = self._clipping(block, rewritten, rewrite, hessians) if self._method.searches_clipping else {}
         if self._method.learn is None:
             return Prepared(rewritten, clipping, report)
         start = Start(tensors, block.specs, self._method.range, rewrite, clipping)
         return self._learn(block, start, weights, report)
 
-    def _evidence(self, block: Block, weights: TokenWeights | None) -> dict[str, Evidence]:
-        """Statistics of every calibrated linear's inputs; none where nothing asks for them."""
-        method = self._method
-        if (
-            method.transform.name == "none"
-            and not method.searches_clipping
-            and not (method.learn and method.learn.shifts)
-        ):
-            return {}
-        self._say(f"statistics of block {block.index}")
-        gathering = HessianPass(self._runner, weights)
-        return gathering.gather(block.index, block.module, block.inputs, list(block.specs), moments=True)
+    def _statistics(
+        self, block: Block, weights: TokenWeights | None
+    ) -> tuple[dict[str, ChannelMoments], dict[str, Tensor]]:
+        """Moments and Hessians of every calibrated linear's inputs; none where nothing asks for them."""
+        method, linears = self._method, list(block.specs)
+        place = (block.index, block.module, block.inputs)
+        if isinstance(method.transform, Awq) or method.searches_clipping:
+            self._say(f"statistics of block {block.index}")
+            found = HessianPass(self._runner, weights).gather(*place, linears, moments=True)
+            moments = {name: evidence.moments for name, evidence in found.items() if evidence.moments is not None}
+            return moments, {name: evidence.hessian for name, evidence in found.items()}
+        if method.transform.name != "none" or (method.learn and method.learn.shifts):
+            self._say(f"statistics of block {block.index}")
+            return input_moments(self._runner, *place, linears), {}
+        return {}, {}
 
     def _rewrite(
-        self, block: Block, tensors: Mapping[str, Tensor], evidence: Mapping[str, Evidence]
+        self,
+        block: Block,
+        tensors: Mapping[str, Tensor],
+        moments: Mapping[str, ChannelMoments],
+        hessians: Mapping[str, Tensor],
     ) -> tuple[Rewrite, dict[str, Any]]:
         """Scales and shifts before learning, and what the search for them found."""
         adapter, transform, learn = self._adapter, self._method.transform, self._method.learn
-        moments = {name: found.moments for name, found in evidence.items() if found.moments is not None}
         nothing: tuple[Tensor | None, ...] = (None,) * len(adapter.edges)
         rewrite, report = Rewrite(nothing, nothing), {}
         if isinstance(transform, Smooth):
             rewrite = smooth_scales(transform, adapter, tensors, {name: m.absmax for name, m in moments.items()})
         elif isinstance(transform, Awq):
-            hessians = {name: found.hessian for name, found in evidence.items()}
             mean_abs = {name: m.mean_abs for name, m in moments.items()}
             rewrite, choices = search_scales(
                 transform, adapter, tensors, hessians, mean_abs, lambda name, weight: self._nearest(block, name, weight)
@@ -142,13 +149,13 @@ class Preparation:
         return grid.decode(grid.encode(weight))
 
     def _clipping(
-        self, block: Block, rewritten: Mapping[str, Tensor], rewrite: Rewrite, evidence: Mapping[str, Evidence]
+        self, block: Block, rewritten: Mapping[str, Tensor], rewrite: Rewrite, hessians: Mapping[str, Tensor]
     ) -> dict[str, Clipping]:
-        """The best shares of the rewritten weights; `evidence` is of the block as it was before."""
+        """The best shares of the rewritten weights; `hessians` are of the block as it was before."""
         factors = self._input_factors(rewrite)
         found = {}
         for name, spec in block.specs.items():
-            hessian = evidence[name].hessian
+            hessian = hessians[name]
             if name in factors:  # inputs are divided by what the columns were multiplied with
                 hessian = hessian / factors[name].unsqueeze(0) / factors[name].unsqueeze(1)
             found[name] = search_clipping(rewritten[f"{name}.weight"], hessian, spec)

@@ -337,3 +337,8 @@ def test_the_same_job_gives_the_same_bits(make_job) -> None:
     run(one, third, seed=4)
     assert not same(first.state(), third.state())
     assert all(not p.requires_grad and p.grad is None for p in one.task.block.parameters())
+
+
+def test_any_seed_of_a_recipe_will_do(make_job) -> None:
+    job = make_job("llama")
+    assert run(job, job.learnables(), FAST, seed=2**64).stopped is None

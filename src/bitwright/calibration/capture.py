@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.calibration.blocks import BlockRunner, Seen
+from bitwright.calibration.statistics import ChannelMoments
 from bitwright.calibration.stream import Stream
 
 
@@ -90,3 +91,23 @@ def input_extremes(
             before = found.get(name, (low, high))
             found[name] = min(before[0], low), max(before[1], high)
     return found
+
+
+def input_moments(
+    runner: BlockRunner, index: int, block: nn.Module, stream: Stream, linears: Sequence[str]
+) -> dict[str, ChannelMoments]:
+    """Moments of the inputs of each of `linears` over all batches of `stream`; shared inputs share them.
+
+    Raises:
+        CalibrationError: an input is not finite or too large.
+    """
+    groups = [[name for name in group if name in linears] for group in runner.adapter.shared_inputs]
+    leaders = {name: group[0] for group in groups for name in group}
+    found = {
+        leader: ChannelMoments(block.get_parameter(f"{leader}.weight").shape[1], f"{leader} of block {index}")
+        for leader in dict.fromkeys(leaders.values())
+    }
+    for hidden in stream if found else ():
+        for name, inputs in group_inputs(runner, index, block, hidden, list(found)).inputs.items():
+            found[name].update(inputs)
+    return {name: found[leaders[name]] for name in linears}

@@ -33,6 +33,7 @@ from bitwright.numeric.settings import Settings
 Report = Callable[[str], None]
 # Activations kept for backward, as a multiple of the widest input of a linear: attention, norms and products.
 _ACTIVATIONS_PER_INPUT = 12
+_SEEDS = 2**63  # that a generator takes
 
 
 class Learn(Settings):
@@ -142,7 +143,7 @@ def reconstruct(
         optimiser, lambda step: 1.0 - step / total if settings.schedule == "linear" else 1.0
     )
     checked = {round(settings.epochs * (number + 1) / settings.checks) for number in range(settings.checks)}
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + task.index)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + task.index) % _SEEDS)
     for epoch in range(1, settings.epochs + 1):
         losses = []
         for position in torch.randperm(len(batches), generator=generator).tolist():
@@ -240,7 +241,7 @@ class _Session:
     def _memory_is_short(self) -> bool:
         """Whether activations of a batch would take more than a quarter of what is free."""
         _, tokens, features = self.task.inputs.shape
-        widest = max([features, *(v.shape[-1] for v in self.learnables.groups["weight"].values())])
+        widest = max([features, *(p.shape[-1] for p in self.task.block.parameters())])
         needed = 4 * _ACTIVATIONS_PER_INPUT * self.task.inputs.batch * tokens * widest
         available = available_memory_bytes()
         return available is not None and needed > available // 4
