@@ -21,17 +21,18 @@ FLOORS = [
     {"rows"},
     {"budget"},
     {"plan", "inspect", "generate", "bench"},
-    {"journey", "evaluate", "shares", "prepare"},
+    {"journey", "evaluate", "shares", "prepare", "export"},
     {"walk", "machine"},
     {"pipeline"},
+    {"analyze"},
     {"__init__"},
     {"console"},
     {"cli"},
     {"__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-# Operator schemas and the command line's options are lists by nature.
-MANY_PARAMETERS = {SOURCE / "runtime" / "ops.py", SOURCE / "cli.py"}
+# Operator schemas, the command line's options and the arguments of GPU kernels are lists by nature.
+MANY_PARAMETERS = {SOURCE / "runtime" / "ops.py", SOURCE / "cli.py", *(SOURCE / "runtime" / "triton").glob("*.py")}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
@@ -63,7 +64,7 @@ def test_rooms_stay_small(path: Path) -> None:
     text = path.read_text()
     assert text.count("\n") <= 400
     assert path.stem not in ("utils", "helpers", "misc", "common")
-    assert len(path.relative_to(SOURCE).parts) <= 2
+    assert len(path.relative_to(SOURCE).parent.parts) <= 2
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert (node.end_lineno or 0) - node.lineno < 62, f"{node.name} is long"

@@ -20,6 +20,7 @@ from bitwright.calibration.text import Layout
 from bitwright.errors import BitwrightError
 from bitwright.evaluate import EvalOptions
 from bitwright.evaluate.perplexity import Protocol
+from bitwright.export.targets import Engine, Target, export_model, import_model, obstacles, refuse_early
 from bitwright.machine import estimate
 from bitwright.method import load_method, method_names
 from bitwright.runtime.cpu import CpuMode
@@ -64,6 +65,7 @@ def plan(
     bits_per_weight: BitsOption = None,
     workers: WorkersOption = None,
     rows: Annotated[bool, typer.Option("--rows", help="One line per tensor, blocks not folded.")] = False,
+    engine: Annotated[Engine | None, typer.Option("--for", help="Say whether this engine can load the result.")] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Show what quantizing would do, without reading any weight."""
@@ -71,7 +73,12 @@ def plan(
     made = bitwright.plan(model, recipe=bitwright.load_recipe(method, scheme, recipe, settings))
     needs = estimate(made, workers)
     show.show_plan(made, needs, rows)
-    _write_json(json_file, made.to_json() | {"estimate": vars(needs)})
+    found = [] if engine is None else obstacles(made, engine)
+    if engine is not None:
+        show.show_obstacles(engine, found)
+    _write_json(json_file, made.to_json() | {"estimate": vars(needs), "obstacles": [vars(one) for one in found]})
+    if any(one.certain for one in found):
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -89,11 +96,16 @@ def quantize(
     max_fallbacks: Annotated[
         float, typer.Option(min=0, max=1, help="Share of calibrated tensors that may be rounded to nearest instead.")
     ] = 0.0,
+    to: Annotated[
+        Target | None, typer.Option("--format", help="Export as well, to OUT-FORMAT or OUT.gguf; see export.")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Quantize a model; a run that was stopped continues when started again."""
     settings = _overrides(overrides, calibration, bits_per_weight)
     wanted = bitwright.load_recipe(method, scheme, recipe, settings)
+    if to is not None:
+        refuse_early(bitwright.plan(model, recipe=wanted), to)
     with show.progress_bar("quantizing") as bar:
         options = bitwright.RunOptions(
             workers=workers,
@@ -109,6 +121,9 @@ def quantize(
             show.error_console.print("interrupted; run the same command again to continue")
             raise typer.Exit(130) from None
     show.show_summary(summary)
+    if to is not None:
+        place = out.with_name(out.name + (".gguf" if to == "gguf" else f"-{to}"))
+        show.show_export(export_model(out, place, to))
     _write_json(json_file, summary.to_json())
 
 
@@ -155,6 +170,36 @@ def inspect(
         raise typer.Exit(3)
     if verify:
         show.console.print(f"{len(found.manifest['files'])} files agree with the manifest.")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A folder that quantize made.")],
+    to: Annotated[Target, typer.Option("--to", help="The format.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder, or .gguf file, to make; must not exist.")],
+    allow_lossy: Annotated[
+        bool, typer.Option("--allow-lossy", help="Store what the format cannot hold as floats instead of refusing.")
+    ] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Write a quantized folder in another engine's format; codes, scales and zeros move as they are."""
+    with show.error_console.status("exporting"):
+        result = export_model(folder, out, to, allow_lossy=allow_lossy)
+    show.show_export(result)
+    _write_json(json_file, result.to_json())
+
+
+@app.command("import")
+def import_(
+    path: Annotated[Path, typer.Argument(help="A compressed-tensors, GPTQ or AWQ folder, or a .gguf file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to make; must not exist.")],
+    json_file: JsonOption = None,
+) -> None:
+    """Read what another tool quantized, code for code; the result runs, evaluates and exports like our own."""
+    with show.error_console.status("importing"):
+        result = import_model(path, out)
+    show.show_export(result)
+    _write_json(json_file, result.to_json())
 
 
 @app.command()

@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bitwright.bench import Bench
 from bitwright.evaluate import Evaluation
+from bitwright.export.engines import Obstacle
+from bitwright.export.folder import ExportResult
 from bitwright.inspect import Inspection
 from bitwright.machine import Estimate
 from bitwright.pipeline import Summary
@@ -190,6 +193,40 @@ def show_inspection(inspection: Inspection) -> None:
         table.add_row(module, spec, f"{8 * record['bytes'] / weights:.3f}", str(record["outliers"]), sqnr)
     console.print(table)
     console.print(f"{size(inspection.bytes)} of weights, {inspection.bits_per_weight:.3f} bits per quantized weight.")
+
+
+def show_export(result: ExportResult) -> None:
+    """What an export or import made: tensors and bytes by what became of them, and what was lost."""
+    table = Table(title=f"{result.target}: {result.out}")
+    table.add_column("tensors")
+    for heading in ("number", "from", "to"):
+        table.add_column(heading, justify="right")
+    for action, meaning in (
+        ("exact", "codes as they are"),
+        ("kept", "floats as they are"),
+        ("float", "rounded"),
+    ):
+        rows = [row for row in result.rows if row.action == action]
+        if rows:
+            before, after = sum(row.source_bytes for row in rows), sum(row.bytes for row in rows)
+            table.add_row(meaning, str(len(rows)), size(before), size(after))
+    console.print(table)
+    for line in (*result.notes, *(row.line() for row in result.lossy)):
+        console.print(f"[yellow]lossy[/] {escape(line)}" if line not in result.notes else escape(line), highlight=False)
+
+
+def show_obstacles(engine: str, obstacles: list[Obstacle]) -> None:
+    """What stands in an engine's way, modules of the same trouble folded."""
+    if not obstacles:
+        console.print(f"{engine} can load the result.")
+        return
+    folded: dict[tuple[str, str, bool], list[str]] = {}
+    for found in obstacles:
+        folded.setdefault((found.reason, found.remedy, found.certain), []).append(found.module)
+    for (reason, remedy, certain), modules in folded.items():
+        verdict = f"[bold red]{engine} refuses[/]" if certain else f"[yellow]{engine} may refuse[/]"
+        more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
+        console.print(f"{verdict} {escape(modules[0])}{more}: {escape(reason)}; {escape(remedy)}", highlight=False)
 
 
 def show_bench(result: Bench) -> None:

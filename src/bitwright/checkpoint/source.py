@@ -77,7 +77,7 @@ class HuggingFaceSource(Source):
         if "quantization_config" in self.config:
             method = self.config["quantization_config"].get("quant_method", "unknown")
             raise CheckpointError(f"{folder}: already quantized ({method}); start from the float checkpoint instead")
-        self._place = _locate_tensors(folder)
+        self._place = locate_tensors(folder)
         self.tensors = {name: info for name, (_, info) in self._place.items()}
 
     def read(self, name: str) -> Tensor:
@@ -99,7 +99,7 @@ class HuggingFaceSource(Source):
                     shutil.copyfile(path, folder / path.name)
 
 
-def _locate_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
+def locate_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     """Every tensor's file and header entry; the index and the shards must agree."""
     index_path = folder / "model.safetensors.index.json"
     if not index_path.exists():

@@ -1,0 +1,364 @@
+"""What all exports of folders share: a native folder to read, a new folder that appears whole, and the result.
+
+An export never works on more than one shard at a time. Everything that can be refused is refused before the first
+byte is written; what is written lies in `OUT.exporting` until it is complete, and is removed when anything fails.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bitwright.checkpoint.manifest import read_manifest
+from bitwright.checkpoint.shard import TensorInfo, fsync_folder, read_header, read_tensor, write_shard, write_text
+from bitwright.checkpoint.source import SIDE_FILES
+from bitwright.errors import CheckpointError, FormatError, ResumeError
+from bitwright.formats.native import (
+    Sites,
+    TensorEntry,
+    check_part,
+    packed_bytes,
+    parts,
+    read_quantization_config,
+    read_sites,
+    read_tied,
+    unpack,
+    unpack_grid,
+)
+from bitwright.inspect import read_config
+from bitwright.models import adapter_for
+from bitwright.numeric.grid import Grid
+from bitwright.numeric.hadamard import hadamard_blocks
+from bitwright.numeric.measure import sqnr_db, squared_error
+from bitwright.numeric.qtensor import QTensor
+
+Say = Callable[[str], None]
+INDEX = "model.safetensors.index.json"
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True)
+class ExportRow:
+    """What became of one tensor.
+
+    Attributes:
+        tensor: its name, that of the weight where several tensors stand for it.
+        action: "exact" (codes moved), "float" (decoded and rounded to a float type), "kept" (was a float already).
+        source_bytes: what it takes in the folder that was read.
+        bytes: what it takes in the new one.
+        note: why it could not be exact; empty otherwise.
+        sqnr_db: of the rounded floats against the decoded weights, in dB; None where nothing changed.
+    """
+
+    tensor: str
+    action: Literal["exact", "float", "kept"]
+    source_bytes: int
+    bytes: int
+    note: str = ""
+    sqnr_db: float | None = None
+
+    def line(self) -> str:
+        """The row in one line."""
+        error = "" if self.sqnr_db is None else f", {self.sqnr_db:.1f} dB"
+        return f"{self.tensor}: {self.note}; in floats, {self.bytes - self.source_bytes:+,} bytes{error}"
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export made: the folder `out`, one row per tensor, and what to know before it is used."""
+
+    out: Path
+    target: str
+    rows: tuple[ExportRow, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def lossy(self) -> tuple[ExportRow, ...]:
+        """The rows that could not be exact."""
+        return tuple(row for row in self.rows if row.note)
+
+    def to_json(self) -> dict[str, Any]:
+        """The result for `export --json`; keys are stable."""
+        rows = [{**vars(row)} for row in self.rows]
+        return {
+            "out": str(self.out),
+            "target": self.target,
+            "bytes": self.bytes,
+            "tensors": rows,
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class NativeFolder:
+    """A folder that bitwright wrote, read one tensor at a time."""
+
+    folder: Path
+    config: dict[str, Any]
+    """`config.json` without `quantization_config`."""
+    entries: dict[str, TensorEntry]
+    sites: Sites
+    tied: dict[str, str]
+    place: dict[str, tuple[Path, TensorInfo]] = field(repr=False)
+    """Every tensor's shard and header entry."""
+    tied_weights: tuple[str, ...] = ()
+    """Weights that the model shares with another and that no shard holds, such as `lm_head.weight`."""
+
+    @staticmethod
+    def open(folder: str | Path) -> NativeFolder:
+        """The folder, its headers checked against its config; no weight is read.
+
+        Raises:
+            FormatError: the folder is not a complete bitwright result, or its parts contradict each other.
+            CheckpointError: a shard is missing or damaged.
+        """
+        folder = Path(folder)
+        manifest, config = read_manifest(folder), read_config(folder)
+        quantization = config.pop("quantization_config")
+        entries = read_quantization_config(quantization)
+        place = {}
+        for shard in manifest["shards"]:
+            path = folder / Path(shard).name
+            place.update({name: (path, info) for name, info in read_header(path)[0].items()})
+        for module, entry in entries.items():
+            for part, needed in parts(entry).items():
+                name = f"{module}.{part}"
+                if name not in place:
+                    raise FormatError(f"{folder}: {name} is missing; the folder is incomplete or damaged")
+                check_part(name, place[name][1].shape, place[name][1].dtype, needed)
+        tied = tuple(record["tensor"] for record in manifest["tensors"] if record["action"] == "tied")
+        return NativeFolder(folder, config, entries, read_sites(quantization), read_tied(quantization), place, tied)
+
+    def read(self, name: str) -> Tensor:
+        """One stored tensor."""
+        path, info = self.place[name]
+        return read_tensor(path, name, info)
+
+    def unpack(self, module: str) -> QTensor:
+        """The matrix of a quantized module."""
+        entry = self.entries[module]
+        return unpack(module, {part: self.read(f"{module}.{part}") for part in parts(entry)}, entry)
+
+    def grid(self, module: str) -> Grid:
+        """The grid of a quantized module; its codes are not read."""
+        entry = self.entries[module]
+        names = [part for part in parts(entry) if part != "weight_packed" and not part.startswith("outlier")]
+        return unpack_grid({part: self.read(f"{module}.{part}") for part in names}, entry.spec, entry.shape)
+
+    def weight(self, module: str, q: QTensor | None = None) -> Tensor:
+        """The weights of a quantized module, float32 [out, in], for inputs as they come: a transform is undone."""
+        weight = (q or self.unpack(module)).dequantize()
+        site = self.sites.inputs.get(module)
+        # The transform is its own transpose: what it does to inputs, it does to the rows of the weight.
+        return weight if site is None or site.transform is None else hadamard_blocks(weight)
+
+    def embedding(self) -> str | None:
+        """The token embedding, if it is quantized.
+
+        Raises:
+            PlanError: it cannot be told, for an architecture that is not known.
+        """
+        outside = [module for module in self.entries if not any(part.isdigit() for part in module.split("."))]
+        name = adapter_for(self.config).embedding if outside else None
+        return name if name in outside else None
+
+    @property
+    def kept(self) -> dict[str, TensorInfo]:
+        """The float tensors by name, those of quantized modules' biases included."""
+        packed = {f"{module}.{part}" for module, entry in self.entries.items() for part in parts(entry)}
+        return {name: info for name, (_, info) in self.place.items() if name not in packed}
+
+    def unquantized(self) -> list[str]:
+        """Modules with a float matrix, and those that share one: what a class of linears would hit by mistake."""
+        kept = [name for name, info in self.kept.items() if len(info.shape) == 2]
+        return sorted(
+            {name.removesuffix(".weight") for name in (*kept, *self.tied_weights) if name.endswith(".weight")}
+        )
+
+    def shards(self) -> Iterator[tuple[str, list[str], list[str]]]:
+        """Every shard in order: its name, the quantized modules in it, and the float tensors in it."""
+        kept, first = self.kept, {module: f"{module}.weight_packed" for module in self.entries}
+        for path in dict.fromkeys(path for path, _ in self.place.values()):
+            modules = [module for module, name in first.items() if self.place[name][0] == path]
+            yield path.name, modules, [name for name in kept if self.place[name][0] == path]
+
+
+def float_dtype(native: NativeFolder) -> torch.dtype:
+    """The 16-bit type for decoded weights: that of the model, and float16 for those of wider ones."""
+    named = native.config.get("dtype", native.config.get("torch_dtype"))
+    return torch.bfloat16 if named == "bfloat16" else torch.float16
+
+
+def as_float(tensor: str, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, float | None]:
+    """`weight` [out, in] rounded to `dtype`, and its SQNR in dB (None when exact).
+
+    Raises:
+        FormatError: a weight is beyond the largest finite value of `dtype`.
+    """
+    stored = weight.to(dtype)
+    if not bool(torch.isfinite(stored).all()):
+        raise FormatError(
+            f"{tensor}: a weight of {float(weight.abs().max()):.3g} does not fit {dtype}; "
+            "export to bfloat16 or float32, or set dtype in config.json to bfloat16"
+        )
+    error, signal = squared_error(weight, stored.float())
+    return stored, None if error == 0 else sqnr_db(error, signal)
+
+
+def float_row(native: NativeFolder, module: str, dtype: torch.dtype, note: str) -> tuple[Tensor, ExportRow]:
+    """The decoded weight of a quantized module, rounded to `dtype`, and its row."""
+    name = f"{module}.weight"
+    stored, quality = as_float(name, native.weight(module), dtype)
+    nbytes = stored.numel() * stored.dtype.itemsize
+    return stored, ExportRow(name, "float", packed_bytes(native.entries[module]), nbytes, note, quality)
+
+
+def refuse(target: str, problems: Mapping[str, str], allow_lossy: bool) -> None:
+    """Raise FormatError for the first of `problems` (by module), unless they are allowed."""
+    if problems and not allow_lossy:
+        name, problem = next(iter(problems.items()))
+        more = f" ({len(problems)} tensors cannot be exported)" if len(problems) > 1 else ""
+        raise FormatError(f"{name}: {problem}{more}; or allow the {target} export to be lossy, which writes floats")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when the block ends; after an error nothing of it stays.
+
+    Raises:
+        ResumeError: `out` exists, or another process is writing it.
+    """
+    if out.exists():
+        raise ResumeError(f"{out}: exists; choose another folder or remove it")
+    working = out.with_name(out.name + ".exporting")
+    working.mkdir(parents=True, exist_ok=True)
+    lock = os.open(working, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ResumeError(f"{working}: another process is working on it") from error
+        try:
+            # What a killed run left.
+            for path in working.iterdir():
+                path.unlink()
+            yield working
+            fsync_folder(working)
+            working.rename(out)
+            fsync_folder(out.parent)
+        except BaseException:
+            shutil.rmtree(working, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Copy tokenizer and generation files."""
+    for path in sorted({path for pattern in SIDE_FILES for path in source.glob(pattern)}):
+        if path.is_file() and path.suffix not in (".gguf", ".safetensors"):
+            shutil.copyfile(path, folder / path.name)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file durably."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+class FolderWriter:
+    """Shards and their index, in a folder that is not yet published."""
+
+    def __init__(self, folder: Path, metadata: Mapping[str, str] | None = None):
+        """Write into `folder`; `metadata` goes into every shard's header."""
+        self.folder = folder
+        self.sums: dict[str, str] = {}
+        self._metadata = {"format": "pt", **(metadata or {})}
+        self._weight_map: dict[str, str] = {}
+        self._bytes = 0
+
+    def shard(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write one shard.
+
+        Raises:
+            CheckpointError: an earlier shard holds a tensor of the same name.
+        """
+        if twice := self._weight_map.keys() & tensors.keys():
+            raise CheckpointError(f"{min(twice)}: two tensors of this name; the source folder is damaged")
+        if not tensors:
+            return
+        self.sums[name] = write_shard(self.folder / name, tensors, self._metadata)
+        self._weight_map.update(dict.fromkeys(tensors, name))
+        self._bytes += sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
+
+    def finish(self, config: Mapping[str, Any]) -> None:
+        """Write the index and `config.json`."""
+        index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
+        write_json(self.folder / INDEX, index)
+        write_json(self.folder / "config.json", config)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What an export does with a native folder.
+
+    Attributes:
+        target: name of the format.
+        convert: quantized module -> its tensors by whole name, and its row.
+        keep: name and value of a float tensor -> what is stored of it.
+        config: content of the new `config.json`.
+        files: further JSON files by name.
+    """
+
+    target: str
+    convert: Callable[[str], tuple[dict[str, Tensor], ExportRow]]
+    config: Mapping[str, Any]
+    keep: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def write_export(
+    native: NativeFolder, out: Path, conversion: Conversion, notes: tuple[str, ...], say: Say
+) -> ExportResult:
+    """Write `out` shard by shard; lossy rows and `notes` are said as well as returned."""
+    rows = []
+    with new_folder(out) as working:
+        writer = FolderWriter(working)
+        for shard, modules, kept in native.shards():
+            tensors: dict[str, Tensor] = {}
+            for module in modules:
+                converted, row = conversion.convert(module)
+                tensors |= converted
+                rows.append(row)
+                if row.note:
+                    say(row.line())
+            for name in kept:
+                stored = conversion.keep(name, native.read(name))
+                nbytes = stored.numel() * stored.dtype.itemsize
+                tensors[name] = stored
+                rows.append(ExportRow(name, "kept", native.place[name][1].bytes, nbytes))
+            writer.shard(shard, tensors)
+        copy_side_files(native.folder, working)
+        for name, content in conversion.files.items():
+            write_json(working / name, content)
+        writer.finish(conversion.config)
+    for note in notes:
+        say(note)
+    return ExportResult(out, conversion.target, tuple(rows), notes)

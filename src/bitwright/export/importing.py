@@ -1,0 +1,244 @@
+"""Import: a folder that another quantizer wrote becomes a native folder, exactly.
+
+Codes, scales and zeros move; nothing is rounded again. What the native form has no place for is refused: no layout is
+guessed, and nothing of an unfinished folder stays.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright import __about__
+from bitwright.checkpoint.manifest import write_manifest
+from bitwright.checkpoint.shard import TensorInfo, read_tensor, tensor_sha256
+from bitwright.checkpoint.source import locate_tensors as locate_tensors
+from bitwright.errors import FormatError
+from bitwright.export.folder import (
+    ExportResult,
+    ExportRow,
+    FolderWriter,
+    Say,
+    copy_side_files,
+    new_folder,
+    silent,
+)
+from bitwright.export.reading import Reader, reader_of
+from bitwright.formats.native import (
+    FORMAT_VERSION,
+    Sites,
+    TensorEntry,
+    pack,
+    packed_bytes,
+    quantization_config,
+    unpack,
+)
+from bitwright.numeric.activation import InputSite
+
+_BLOCK = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Where the tensors of one quantized module lie, by local name."""
+
+    read: Callable[[str], Tensor]
+    infos: Mapping[str, TensorInfo]
+
+
+def import_folder(path: str | Path, out: str | Path, *, say: Say = silent) -> ExportResult:
+    """Write the quantized folder `path` as a native folder `out`: compressed-tensors (`pack-quantized`,
+    `int-quantized`), GPTQ (`gptq`, `gptq_v2`) or AWQ (`gemm`).
+
+    Args:
+        path: holds `config.json` with a `quantization_config` (or `quantize_config.json`), and safetensors.
+        out: must not exist.
+        say: is told what is being read.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        FormatError: another format or version; a tensor of another type, width or shape than the config says;
+            something that the native form cannot hold. Nothing is left of `out`.
+        ResumeError: `out` exists.
+    """
+    path, out = Path(path), Path(out)
+    config, quantization = _read_config(path)
+    place = locate_tensors(path)
+    reader = reader_of(quantization)
+    modules = _quantized_modules(place, reader)
+    _refuse_shared(config, modules)
+    say(f"{path}: {len(modules)} matrices of {reader.name}")
+    with new_folder(out) as working:
+        writer = FolderWriter(working, {"bitwright": str(FORMAT_VERSION)})
+        done = _write_shards(writer, place, modules, reader)
+        sites = Sites({name: site for name, site in done.sites.items() if site is not None})
+        writer.finish(config | {"quantization_config": quantization_config(done.entries, sites=sites)})
+        copy_side_files(path, working)
+        write_manifest(working, _manifest(path, config, quantization, writer, done.records), writer.sums)
+    rows = tuple(
+        ExportRow(r["tensor"], "exact" if r["action"] == "quantize" else "kept", r["source_bytes"], r["bytes"])
+        for r in done.records
+    )
+    return ExportResult(out, f"bitwright, from {reader.name}", rows)
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`config.json` without its quantization, and what says how the folder is quantized."""
+    config = _read_json(path / "config.json")
+    found = config.pop("quantization_config", None)
+    if found is None and (path / "quantize_config.json").exists():
+        found = {"quant_method": "gptq", **_read_json(path / "quantize_config.json")}
+    if not isinstance(found, dict):
+        raise FormatError(f"{path / 'config.json'}: no quantization_config; the folder is not quantized")
+    return config, found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path}: holds {type(content).__name__}, needed an object")
+    return content
+
+
+def _quantized_modules(place: Mapping[str, tuple[Path, TensorInfo]], reader: Reader) -> dict[str, _Parts]:
+    """The quantized modules in the order of the shards, each with its parts."""
+    parts: dict[str, dict[str, tuple[Path, TensorInfo]]] = {}
+    for name, where in place.items():
+        module, _, part = name.rpartition(".")
+        parts.setdefault(module, {})[part] = where
+    found = {}
+    for module, local in parts.items():
+        if not reader.is_quantized({part: info for part, (_, info) in local.items()}):
+            continue
+        own = {part: where for part, where in local.items() if part != "bias"}
+        if strangers := own.keys() - reader.parts:
+            raise FormatError(
+                f"{module}.{min(strangers)}: unknown, and {module} is quantized; {reader.name} has no such tensor"
+            )
+        found[module] = _Parts(_part_reader(module, own), {part: info for part, (_, info) in own.items()})
+    if not found:
+        raise FormatError(f"no tensors of {reader.name} found; config.json belongs to another checkpoint")
+    return found
+
+
+def _part_reader(module: str, own: Mapping[str, tuple[Path, TensorInfo]]) -> Callable[[str], Tensor]:
+    return lambda part: read_tensor(own[part][0], f"{module}.{part}", own[part][1])
+
+
+def _refuse_shared(config: Mapping[str, Any], modules: Mapping[str, _Parts]) -> None:
+    outside = [module for module in modules if _BLOCK.search(f".{module}.") is None]
+    if outside and config.get("tie_word_embeddings", False):
+        raise FormatError(
+            f"{outside[0]}: is quantized and config.json says tie_word_embeddings; a shared matrix cannot be imported: "
+            "set tie_word_embeddings to false if both are stored"
+        )
+
+
+@dataclass(frozen=True)
+class _Done:
+    entries: dict[str, TensorEntry]
+    sites: dict[str, InputSite | None]
+    records: list[dict[str, Any]]
+
+
+def _write_shards(
+    writer: FolderWriter,
+    place: Mapping[str, tuple[Path, TensorInfo]],
+    modules: Mapping[str, _Parts],
+    reader: Reader,
+) -> _Done:
+    """One shard for each block, and one for what lies outside them."""
+    shards: dict[int, list[str]] = {}
+    floats = [name for name in place if name.rpartition(".")[0] not in modules or name.endswith(".bias")]
+    for name in (*modules, *floats):
+        match = _BLOCK.search(f".{name}.")
+        shards.setdefault(-1 if match is None else int(match.group(1)), []).append(name)
+    done = _Done({}, {}, [])
+    for number, block in enumerate(sorted(shards)):
+        tensors: dict[str, Tensor] = {}
+        for name in shards[block]:
+            if name in modules:
+                tensors |= _import_module(name, modules[name], reader, done)
+            else:
+                path, info = place[name]
+                tensors[name] = read_tensor(path, name, info)
+                done.records.append(_kept_record(name, tensors[name]))
+        writer.shard(f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors", tensors)
+    return done
+
+
+def _import_module(module: str, source: _Parts, reader: Reader, done: _Done) -> dict[str, Tensor]:
+    """The native tensors of a module by whole name; `done` learns of it."""
+    stored = {part: source.read(part) for part in source.infos}
+    q, site = reader.read(module, stored)
+    entry, parts = TensorEntry.of(q), pack(q)
+    if not torch.equal(unpack(module, parts, entry).codes, q.codes):
+        raise FormatError(f"{module}: packed codes do not unpack to themselves; this is a bug in bitwright")
+    done.entries[module], done.sites[module] = entry, site
+    done.records.append(
+        {
+            "tensor": f"{module}.weight",
+            "shape": list(entry.shape),
+            "action": "quantize",
+            "rule": "imported",
+            "bytes": packed_bytes(entry),
+            "source_bytes": sum(info.bytes for info in source.infos.values()),
+            "method": reader.name,
+            "spec": entry.spec.model_dump(mode="json"),
+            "outliers": 0,
+            "outlier_value_bits": entry.value_bits,
+            "sqnr_db": None,
+            "fallbacks": [],
+        }
+    )
+    return {f"{module}.{part}": tensor for part, tensor in parts.items()}
+
+
+def _kept_record(name: str, tensor: Tensor) -> dict[str, Any]:
+    nbytes = tensor.numel() * tensor.dtype.itemsize
+    return {
+        "tensor": name,
+        "shape": list(tensor.shape),
+        "action": "keep",
+        "rule": "imported",
+        "bytes": nbytes,
+        "source_bytes": nbytes,
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "source_sha256": tensor_sha256(tensor),
+    }
+
+
+def _manifest(
+    path: Path,
+    config: Mapping[str, Any],
+    quantization: Mapping[str, Any],
+    writer: FolderWriter,
+    records: list[dict[str, Any]],
+) -> dict[str, Any]:
+    weights = sum(math.prod(record["shape"]) for record in records if record["action"] == "quantize")
+    return {
+        "job": {
+            "imported": dict(quantization),
+            "model_type": config.get("model_type"),
+            "weights": weights,
+            "bitwright": __about__.__version__,
+            "torch": torch.__version__,
+            "format_version": FORMAT_VERSION,
+        },
+        "source_label": str(path),
+        "calibration": None,
+        "recipe": {"imported": str(quantization.get("quant_method"))},
+        "shards": list(writer.sums),
+        "tensors": records,
+    }

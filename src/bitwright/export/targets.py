@@ -1,0 +1,102 @@
+"""The formats that a native folder can be exported to, and imported from, by the names that users type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, get_args
+
+from bitwright.errors import FormatError, PlanError
+from bitwright.export.compressed_tensors import export_compressed_tensors
+from bitwright.export.engines import Obstacle, for_engine
+from bitwright.export.float_folder import export_float
+from bitwright.export.folder import ExportResult, Say, silent
+from bitwright.export.gguf import export_gguf
+from bitwright.export.gguf_import import import_gguf
+from bitwright.export.gptq import export_awq, export_gptq
+from bitwright.export.importing import import_folder
+from bitwright.formats import compressed_tensors, gptq
+from bitwright.formats.gguf import gguf_type
+from bitwright.formats.native import TensorEntry
+from bitwright.numeric.outliers import NoOutliers
+from bitwright.plan import Plan
+
+Target = Literal["compressed-tensors", "gguf", "gptq", "awq", "hf"]
+Engine = Literal["vllm"]
+
+
+def export_model(
+    folder: str | Path, out: str | Path, target: Target, *, allow_lossy: bool = False, say: Say = silent
+) -> ExportResult:
+    """Write the native `folder` as `out` in the format `target`: a folder, or a file for `gguf`.
+
+    Codes, scales and zeros move; nothing is rounded anew. What the format cannot hold is refused before anything is
+    written, or with `allow_lossy` becomes float, which `say` and the result tell. `hf` is always float: bfloat16.
+
+    Raises:
+        FormatError: the format cannot hold a tensor, there is no such format, or the folder is damaged.
+        CheckpointError: a file of the folder cannot be read.
+        ResumeError: `out` exists, or another process writes it.
+    """
+    if target == "gguf":
+        return export_gguf(folder, out, allow_lossy=allow_lossy, say=say)
+    if target == "compressed-tensors":
+        return export_compressed_tensors(folder, out, allow_lossy=allow_lossy, say=say)
+    if target == "gptq":
+        return export_gptq(folder, out, allow_lossy=allow_lossy, say=say)
+    if target == "awq":
+        return export_awq(folder, out, allow_lossy=allow_lossy, say=say)
+    if target == "hf":
+        return export_float(folder, out, say=say)
+    raise FormatError(f"format {target!r} is not known; needed one of {', '.join(get_args(Target))}")
+
+
+def import_model(path: str | Path, out: str | Path, *, say: Say = silent) -> ExportResult:
+    """Write a compressed-tensors, GPTQ or AWQ folder, or a .gguf file, as the native folder `out`, code for code.
+
+    Raises:
+        FormatError: the file's format, or its version, cannot be read exactly.
+        CheckpointError: a file cannot be read.
+        ResumeError: `out` exists, or another process writes it.
+    """
+    reader = import_gguf if Path(path).suffix == ".gguf" else import_folder
+    return reader(path, out, say=say)
+
+
+def refuse_early(plan: Plan, target: Target) -> None:
+    """Refuse a plan whose result `export_model` would refuse, before any work.
+
+    What only the finished codes tell, such as a zero that a reader would misread, is left to the export.
+
+    Raises:
+        FormatError: the format cannot hold a tensor; the message names the first.
+    """
+    for row in plan.rows():
+        if row.spec is None or target == "hf":
+            continue
+        entry = TensorEntry(row.spec, (row.shape[0], row.shape[1]))
+        problem = _problem(entry, target)
+        if row.method is not None and not isinstance(row.method.outliers, NoOutliers):
+            problem = "may keep outliers, which have no place there; set outliers to none"
+        if problem is None and row.hadamard:
+            problem = "has its input rotated at run time; set rotate.online_down=false"
+        if problem is not None:
+            raise FormatError(f"{row.tensor}: {problem} (or leave --format out, and export with --allow-lossy)")
+
+
+def _problem(entry: TensorEntry, target: Target) -> str | None:
+    if target == "gguf":
+        try:
+            gguf_type(entry.spec, entry.shape[1])
+        except FormatError as error:
+            return str(error)
+        return None
+    if target == "compressed-tensors":
+        return compressed_tensors.refusal(entry)
+    return gptq.refusal(entry, awq=target == "awq")
+
+
+def obstacles(plan: Plan, engine: Engine) -> list[Obstacle]:
+    """What stands in the way of serving the result of `plan` with `engine`; PlanError for an unknown engine."""
+    if engine not in get_args(Engine):
+        raise PlanError(f"engine {engine!r} is not known; needed one of {', '.join(get_args(Engine))}")
+    return for_engine(engine, plan.rows(), kv_cache=plan.kv_cache, embedding=plan.adapter.embedding)
