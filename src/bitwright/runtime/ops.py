@@ -10,9 +10,10 @@ functional and has a fake (shape-only) version, so that `torch.compile` and `tor
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from bitwright.formats.native import PART_NAMES, TensorEntry, check_layout
 from bitwright.runtime import reference
 from bitwright.runtime.cpu import CpuKernel
 from bitwright.runtime.reference import PackedWeight
+
+if TYPE_CHECKING:
+    from bitwright.runtime.triton.kernel import TritonKernel
 
 LinearKernel = Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
 EmbeddingKernel = Callable[[Tensor, PackedWeight, torch.dtype], Tensor]
@@ -34,10 +38,31 @@ _LIBRARY = torch.library.Library("bitwright", "DEF")
 _LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, {_LAYOUT}) -> Tensor")
 _LIBRARY.define(f"embedding(Tensor ids, {_WEIGHT}, {_LAYOUT}, ScalarType dtype) -> Tensor")
 
+
+@cache
+def _triton_kernel() -> TritonKernel | None:
+    """The Triton kernels, imported when a weight first meets a CUDA tensor; None where there is no package triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from bitwright.runtime.triton.kernel import TritonKernel
+
+    return TritonKernel()
+
+
+def _cuda_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    kernel = _triton_kernel()
+    return reference.linear(x, weight, bias) if kernel is None else kernel.linear(x, weight, bias)
+
+
+def _cuda_embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    kernel = _triton_kernel()
+    return reference.embedding(ids, weight, dtype) if kernel is None else kernel.embedding(ids, weight, dtype)
+
+
 # Device type -> kernel; `reference` serves every device that is not here.
 _cpu = CpuKernel()
-_linear_kernels: dict[str, LinearKernel] = {"cpu": _cpu.linear}
-_embedding_kernels: dict[str, EmbeddingKernel] = {"cpu": _cpu.embedding}
+_linear_kernels: dict[str, LinearKernel] = {"cpu": _cpu.linear, "cuda": _cuda_linear}
+_embedding_kernels: dict[str, EmbeddingKernel] = {"cpu": _cpu.embedding, "cuda": _cuda_embedding}
 
 
 def set_linear_kernel(device_type: str, kernel: LinearKernel | None) -> None:
