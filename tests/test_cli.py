@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import bitwright.cli as cli
+from bitwright.analyze.choices import parse_choice
+from bitwright.analyze.run import Budget
 
 EVALUATION_KEYS = {
     "perplexity", "float_perplexity", "kl_mean_nats", "kl_p99_nats", "top1_agreement", "delta_ln_ppl",
@@ -97,3 +99,46 @@ def test_the_installed_command_answers() -> None:
     result = subprocess.run([sys.executable, "-m", "bitwright", "--help"], capture_output=True, text=True, check=True)
     for command in ("plan", "quantize", "eval", "inspect", "generate", "bench", "methods"):
         assert command in result.stdout
+
+
+def test_analyze_writes_a_report_and_a_recipe(
+    tiny_llama_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, out, report = str(tiny_llama_folder), tmp_path / "report", tmp_path / "again.json"
+    monkeypatch.setitem(cli.BUDGETS, "quick", Budget("quick", 2, 16, (0,), ("random",)))
+    arguments = ("analyze", model, "-o", str(out), "--json", str(report))
+    assert run(monkeypatch, *arguments) == 0
+    assert "report.html" in capsys.readouterr().out
+    assert json.loads(report.read_text()) == json.loads((out / "report.json").read_text())
+    planned = ("plan", model, "--recipe", str(out / "recipe.toml"), "--set", "scheme=w4a16g32")
+    assert run(monkeypatch, *planned) == 0
+    assert run(monkeypatch, *arguments, "--fail-above", "max_median=0.001") == 4
+    assert "limit not kept" in capsys.readouterr().out
+    assert run(monkeypatch, *arguments, "--fail-above", "max_medain=1") == 2
+    assert "max_median" in capsys.readouterr().err
+
+
+def test_a_target_chooses_bits_and_is_kept_or_not(
+    tiny_llama_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small = ("--set", "calibration.windows=4", "--set", "calibration.window_tokens=32")
+    common = (str(tiny_llama_folder), "--calibration", str(text_file), *small)
+    some = tuple(parse_choice(f"rtn:w{bits}a16g32") for bits in (2, 3, 4, 6))  # the model is too small for the default
+    monkeypatch.setattr(cli, "default_choices", lambda: some)
+    report = tmp_path / "report.json"
+    out = tmp_path / "out"
+    assert run(monkeypatch, "quantize", *common, "-o", str(out), "--target-bits", "5", "--json", str(report)) == 0
+    assert json.loads(report.read_text())["bits_per_weight"] <= 5
+    assert "holds" in capsys.readouterr().out
+    assert run(monkeypatch, "inspect", str(out), "--verify") == 0
+    refused = ("quantize", *common, "-o", str(tmp_path / "other"), "--target-bits", "5", "-s", "w4a16")
+    assert run(monkeypatch, *refused) == 2
+    assert "a target chooses schemes itself" in capsys.readouterr().err

@@ -1,20 +1,30 @@
 """The command line: parse, make one call into the library, show the result.
 
 Exit status: 0 done, 1 a bug, 2 a deliberate refusal (see `bitwright.errors`), 3 damaged files found by
-`inspect --verify`, 130 interrupted.
+`inspect --verify`, 4 a limit of `analyze --fail-above` or a target of `quantize` not kept, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.progress import Progress
 
 import bitwright
 from bitwright import console as show
+from bitwright.analyze.choices import choices_of, default_choices
+from bitwright.analyze.promise import Target as Goal
+from bitwright.analyze.run import BUDGETS
+from bitwright.analyze.run import analyze as analyze_model
+from bitwright.analyze.sections import allocation_section
+from bitwright.analyze.target import TargetOptions, quantize_to_target
+from bitwright.analyze.thresholds import breaches, parse_limit
 from bitwright.bench import bench as measure_speed
 from bitwright.calibration.text import Layout
 from bitwright.errors import BitwrightError
@@ -99,14 +109,24 @@ def quantize(
     to: Annotated[
         Target | None, typer.Option("--format", help="Export as well, to OUT-FORMAT or OUT.gguf; see export.")
     ] = None,
+    target_loss: Annotated[
+        str | None, typer.Option(help="Choose bits and method of every layer: at most so much worse, 1% or 0.02nats.")
+    ] = None,
+    target_bits: Annotated[float | None, typer.Option(help="The same for so many bits per weight.")] = None,
+    target_size: Annotated[str | None, typer.Option(help="The same for so large weight files, such as 4GB.")] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Quantize a model; a run that was stopped continues when started again."""
     settings = _overrides(overrides, calibration, bits_per_weight)
-    wanted = bitwright.load_recipe(method, scheme, recipe, settings)
+    goal = _goal(target_loss, target_bits, target_size)
+    if goal is not None and (scheme, recipe, to) != (None, None, None):
+        raise bitwright.RecipeError("a target chooses schemes itself; leave --scheme, --recipe and --format out")
+    # Of a target's recipe only what is not chosen counts: calibration, seed, stored types.
+    named = (method, scheme) if goal is None else ("gptq", "w4a16g64")
+    wanted = bitwright.load_recipe(*named, recipe, settings)
     if to is not None:
         refuse_early(bitwright.plan(model, recipe=wanted), to)
-    with show.progress_bar("quantizing") as bar:
+    with show.progress_bar("quantizing") as bar, _interruptible(bar):
         options = bitwright.RunOptions(
             workers=workers,
             restart=restart,
@@ -114,12 +134,15 @@ def quantize(
             announce=lambda plan, needs: show.show_expectation(plan, needs, bar.console),
             progress=lambda what, done, total: bar.update(bar.task_ids[0], completed=done, total=total, what=what),
         )
-        try:
+        if goal is not None:
+            mixed = default_choices() if method is None else choices_of([method])
+            reached = quantize_to_target(model, out, goal, TargetOptions(choices=mixed, base=wanted), options)
+        else:
             summary = bitwright.quantize(model, out, recipe=wanted, options=options)
-        except KeyboardInterrupt:
-            bar.stop()
-            show.error_console.print("interrupted; run the same command again to continue")
-            raise typer.Exit(130) from None
+    if goal is not None:
+        show.show_reached(reached)
+        _write_json(json_file, allocation_section(reached).model_dump(mode="json"))
+        raise typer.Exit(0 if reached.met else 4)
     show.show_summary(summary)
     if to is not None:
         place = out.with_name(out.name + (".gguf" if to == "gguf" else f"-{to}"))
@@ -154,6 +177,40 @@ def evaluate(
         )
     show.show_evaluation(model, evaluation)
     _write_json(json_file, evaluation.to_json())
+
+
+@app.command()
+def analyze(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the report; an earlier one is replaced.")],
+    budget: Annotated[str, typer.Option(help=f"How much is looked at: {', '.join(BUDGETS)}.")] = "quick",
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--calibration-set", help="Such as text, task, code, nonsense, random, self, a file. Repeatable."),
+    ] = None,
+    recipe: RecipeOption = None,
+    fail_above: Annotated[
+        list[str] | None, typer.Option("--fail-above", help="METRIC=NUMBER: exit status 4 above it. Repeatable.")
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure outliers and what calibration sets change, and write a report and a recipe."""
+    limits = [parse_limit(text) for text in fail_above or ()]
+    wanted = None if recipe is None else bitwright.load_recipe(file=recipe)
+    with show.progress_bar("analyzing") as bar:
+        report = analyze_model(
+            model,
+            out,
+            budget=budget,
+            sets=sets,
+            recipe=wanted,
+            progress=lambda what, done, total: bar.update(bar.task_ids[0], completed=done, total=total, what=what),
+        )
+    broken = breaches(report, limits)
+    show.show_analysis(report, out, broken)
+    _write_json(json_file, report.model_dump(mode="json"))
+    if broken:
+        raise typer.Exit(4)
 
 
 @app.command()
@@ -230,6 +287,22 @@ def bench(
     result = measure_speed(model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads, mode=mode)
     show.show_bench(result)
     _write_json(json_file, result.to_json())
+
+
+def _goal(loss: str | None, bits: float | None, size: str | None) -> Goal | None:
+    """The target that the options name; None without one."""
+    return None if (loss, bits, size) == (None, None, None) else Goal.of(loss=loss, bits=bits, size=size)
+
+
+@contextmanager
+def _interruptible(bar: Progress) -> Iterator[None]:
+    """Ctrl-C within ends with a word on how to go on, and status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        bar.stop()
+        show.error_console.print("interrupted; run the same command again to continue")
+        raise typer.Exit(130) from None
 
 
 def _overrides(given: list[str] | None, calibration: str | None, bits_per_weight: float | None) -> list[str]:

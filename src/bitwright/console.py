@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +13,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bitwright.analyze.model import Report
+from bitwright.analyze.target import TargetResult
+from bitwright.analyze.thresholds import Breach
 from bitwright.bench import Bench
 from bitwright.evaluate import Evaluation
 from bitwright.export.engines import Obstacle
@@ -193,6 +197,38 @@ def show_inspection(inspection: Inspection) -> None:
         table.add_row(module, spec, f"{8 * record['bytes'] / weights:.3f}", str(record["outliers"]), sqnr)
     console.print(table)
     console.print(f"{size(inspection.bytes)} of weights, {inspection.bits_per_weight:.3f} bits per quantized weight.")
+
+
+def show_reached(reached: TargetResult) -> None:
+    """What became of a target: how many tensors got which choice, every round, and the verdict."""
+    table = Table(title=f"{reached.target}: {reached.out}")
+    table.add_column("choice")
+    for heading in ("tensors", "bytes"):
+        table.add_column(heading, justify="right")
+    picks = list(reached.chosen.allocation.picks.values())
+    for label in dict.fromkeys(option.choice.label for option in picks):
+        some = [option.bytes for option in picks if option.choice.label == label]
+        table.add_row(escape(label), str(len(some)), size(sum(some)))
+    console.print(table)
+    for number, one in enumerate(reached.rounds, start=1):
+        said = f"KL {one.predicted_kl:.4g} predicted, {one.kl:.4g} measured, ln perplexity {one.delta_ln_ppl:+.4f}"
+        console.print(f"round {number}: {one.bits_per_weight:.3f} bits per weight, {said}", highlight=False)
+    for line in (reached.verdict, *reached.notes):
+        console.print(escape(line), highlight=False)
+
+
+def show_analysis(report: Report, out: Path, broken: Sequence[Breach]) -> None:
+    """The advice of a report with its evidence, where the report is, and limits that it does not keep."""
+    for note in report.notes:
+        console.print(escape(note), highlight=False)
+    for advice in report.advice:
+        style = "dim" if advice.withheld else "bold"
+        console.print(f"[{style}]{escape(advice.rule)}[/]: {escape(advice.verdict)}", highlight=False)
+        for line in advice.evidence:
+            console.print(f"  {escape(line)}", style="dim", highlight=False)
+    for breach in broken:
+        console.print(f"[bold red]limit not kept[/]: {escape(str(breach))}", highlight=False)
+    console.print(f"{out / 'report.html'}, report.json, recipe.toml; {duration(report.run.seconds)}", highlight=False)
 
 
 def show_export(result: ExportResult) -> None:
