@@ -152,7 +152,8 @@ def gemv_kernel(
         next_high = words_of(high_ptr, tile * UNITS + following, row, HIGH)
         for part in tl.static_range(PARTS):
             products, magic_sum, x_sum = products_of(x_ptr, low, high, unit * 32, exponent, part * COLUMNS, COLUMNS)
-            group = tile * GROUPS + (unit * 2 + part) // GROUP_HALVES
+            # The second half of the last unit may lie behind the last group.
+            group = tile * GROUPS + tl.minimum((unit * 2 + part) // GROUP_HALVES, GROUPS - 1)
             scale, zero = grid_at(scale_ptr, zero_ptr, statistics_ptr, group[:, None], row[None, :], KIND, CENTRE)
             scale = tl.where((wanted < UNITS)[:, None], scale, 0.0)
             total += scale * (products - (magic_sum[:, None] + zero * x_sum[:, None]))
