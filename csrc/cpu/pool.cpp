@@ -17,8 +17,9 @@
 namespace bitwright {
 namespace {
 
-// How often a helper looks for work before it sleeps: some fifty microseconds.
-constexpr int SPINS = 1000;
+// How often a helper looks for work before it sleeps: about half a millisecond, longer than what lies between two
+// products of a decoding model.
+constexpr int SPINS = 10000;
 
 void relax() {
 #if defined(__x86_64__)

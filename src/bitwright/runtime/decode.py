@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bitwright.execute.local import torch_threads
 from bitwright.runtime import cpu, ops
 from bitwright.runtime.cpu import CpuMode, CpuWeight
 from bitwright.runtime.join import concatenate
@@ -154,26 +155,30 @@ class LeanDecoder:
         values = self._cache[:, kv:, None, : position + 1].unbind(0)
         x, y = self._hidden, self._between
         x.copy_(self._embedding(torch.tensor(token)))
-        for block, place, key, value in zip(self._blocks, places, keys, values, strict=True):
-            block.qkv.one(self._norm(x, block.input_norm), self._qkv)
-            if block.head_norm is not None:
-                mean = self._unrotated.square().mean(-1, keepdim=True)
-                self._unrotated.mul_(mean.add_(self._eps).rsqrt_()).mul_(block.head_norm)
-            torch.mul(self._qkv, self._factor, out=self._rotated)
-            for (into, other), sine in zip(self._halves, sines, strict=True):
-                into.addcmul_(other, sine)
-            place.copy_(self._new)
-            attended = functional.scaled_dot_product_attention(self._query, key, value, scale=self._scaling)
-            block.output.one(attended.reshape(-1), y, x)
-            block.gate_up.one(self._norm(y, block.post_norm), self._mlp)
-            functional.silu(self._gate, inplace=True).mul_(self._up)
-            block.down.one(self._gate, x, y)
+        threads = torch.get_num_threads()
+        # What lies between products is too small to share, and PyTorch's waiting threads would keep processors from
+        # those of the kernels.
+        with torch_threads(1):
+            for block, place, key, value in zip(self._blocks, places, keys, values, strict=True):
+                block.qkv.one(self._norm(x, block.input_norm), self._qkv, threads)
+                if block.head_norm is not None:
+                    mean = self._unrotated.square().mean(-1, keepdim=True)
+                    self._unrotated.mul_(mean.add_(self._eps).rsqrt_()).mul_(block.head_norm)
+                torch.mul(self._qkv, self._factor, out=self._rotated)
+                for (into, other), sine in zip(self._halves, sines, strict=True):
+                    into.addcmul_(other, sine)
+                place.copy_(self._new)
+                attended = functional.scaled_dot_product_attention(self._query, key, value, scale=self._scaling)
+                block.output.one(attended.reshape(-1), y, threads, x)
+                block.gate_up.one(self._norm(y, block.post_norm), self._mlp, threads)
+                functional.silu(self._gate, inplace=True).mul_(self._up)
+                block.down.one(self._gate, x, threads, y)
         self.length += 1
         return self._end()
 
     def _end(self) -> Tensor:
         """Logits of the last hidden state."""
-        self._head.one(self._norm(self._hidden, self._final_norm), self._logits)
+        self._head.one(self._norm(self._hidden, self._final_norm), self._logits, torch.get_num_threads())
         return self._logits
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -244,7 +249,7 @@ class _Product:
         """Memory of all weights."""
         return sum(w.bytes if isinstance(w, CpuWeight) else w.numel() * w.itemsize for w, _ in self.parts)
 
-    def one(self, x: Tensor, y: Tensor, residual: Tensor | None = None) -> None:
+    def one(self, x: Tensor, y: Tensor, threads: int, residual: Tensor | None = None) -> None:
         """Write the products with `x` [in], plus `residual` [out], to `y` (contiguous, [out] in any shape)."""
         y, first = y.view(-1), 0
         for weight, bias in self.parts:
@@ -255,12 +260,10 @@ class _Product:
             shift = bias if residual is None else residual
             if isinstance(weight, CpuWeight):
                 address = 0 if shift is None else shift.data_ptr()
-                fast, threads = self.mode == "fast", torch.get_num_threads()
-                weight.native.multiply(x.data_ptr(), address, into.data_ptr(), 1, fast, threads)
-            elif shift is None:
-                torch.mv(weight, x, out=into)
+                weight.native.multiply(x.data_ptr(), address, into.data_ptr(), 1, self.mode == "fast", threads)
             else:
-                torch.addmv(shift, weight, x, out=into)
+                with torch_threads(threads):
+                    torch.mv(weight, x, out=into) if shift is None else torch.addmv(shift, weight, x, out=into)
             if residual is not None and bias is not None:
                 into.add_(bias)
 

@@ -7,6 +7,7 @@ its own, since the interpreter must be asked for before anything imports Triton,
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,6 +84,19 @@ def _poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_nothing_behind_the_last_scale_is_used(make_qtensor: Make, rows: int) -> None:
+    # an odd number of groups of half a unit: the last unit's second half has none
+    _, stored, dtype = make_weight(make_qtensor, "w7g16")
+    weight = TritonWeight.of(stored)
+    count = weight.scale.numel()
+    behind = torch.full((count + 64,), torch.nan, dtype=weight.scale.dtype, device=DEVICE)
+    behind[:count] = weight.scale.flatten()
+    poisoned = replace(weight, scale=behind[:count].view(weight.scale.shape))
+    x = torch.randn(rows, weight.in_features, device=DEVICE).to(dtype)
+    assert torch.equal(kernel.linear(x, poisoned), kernel.linear(x, weight))
 
 
 @pytest.mark.parametrize("case", CASES)
