@@ -11,16 +11,15 @@ One pass forward, one backward, block by block, as in `calibration.gradients`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from bitwright.calibration.blocks import BlockRunner
-from bitwright.calibration.gradients import TokenWeights
+from bitwright.calibration.gradients import TokenWeights, backward_blocks
 from bitwright.calibration.stream import Stream
 from bitwright.errors import CalibrationError
 from bitwright.evaluate.perplexity import row_chunks
@@ -48,19 +47,32 @@ def fisher_information(
         CalibrationError: a gradient is not finite.
     """
     found = Fisher({}, {})
-    with ExitStack() as stack:
-        inputs = [stack.enter_context(runner.first_inputs(folder=folder))]
-        for index in range(runner.blocks):
-            progress(f"Fisher information: forward, block {index}")
-            inputs.append(stack.enter_context(inputs[-1].copy()))
-            runner.advance(index, runner.block(index), inputs[-1])
-        progress("Fisher information: head")
-        gradient = inputs.pop()
-        _head_gradients(runner, gradient, seed)
-        for index in reversed(range(runner.blocks)):
-            progress(f"Fisher information: backward, block {index}")
-            with inputs.pop() as stream:
-                _block_gradients(runner, index, stream, gradient, found)
+    tokens: dict[str, list[Tensor]] = {name: [] for name in runner.adapter.linears}
+    outputs: dict[str, Tensor] = {}
+
+    def note(name: str, grad: Tensor) -> None:
+        squares = grad.detach().float().square()
+        tokens[name].append(squares.sum(-1).reshape(-1, runner.ids.shape[1]))  # some blocks flatten windows
+        batch = squares.flatten(0, -2).double().sum(0)
+        outputs[name] = outputs[name] + batch if name in outputs else batch
+
+    def head(stream: Stream) -> None:
+        _head_gradients(runner, stream, seed)
+
+    def say(what: str) -> None:
+        progress(f"Fisher information: {what}")
+
+    with closing(backward_blocks(runner, head, note, say, folder=folder)) as blocks:
+        for index in blocks:
+            for name, parts in tokens.items():
+                total = outputs.pop(name)
+                if not bool(total.isfinite().all()):
+                    raise CalibrationError(
+                        f"{name} of block {index}: gradients are NaN or infinite; check the weights for NaN"
+                    )
+                found.tokens[(index, name)] = torch.cat(parts)
+                found.outputs[(index, name)] = total / runner.ids.numel()
+                parts.clear()
     return found
 
 
@@ -87,35 +99,3 @@ def _head_gradients(runner: BlockRunner, stream: Stream, seed: int) -> None:
                 assert leaf.grad is not None
                 pieces.append(leaf.grad)
             stream.write(number, torch.cat(pieces))
-
-
-def _block_gradients(runner: BlockRunner, index: int, stream: Stream, gradient: Stream, found: Fisher) -> None:
-    """Add one block's information to `found`; `gradient` goes from the block's outputs to its inputs."""
-    block, linears = runner.block(index), runner.adapter.linears
-    tokens: dict[str, list[Tensor]] = {name: [] for name in linears}
-    outputs = {name: torch.zeros(block.get_parameter(f"{name}.weight").shape[0]).double() for name in linears}
-
-    def note(name: str, grad: Tensor) -> None:
-        squares = grad.detach().float().square()
-        tokens[name].append(squares.sum(-1).reshape(-1, runner.ids.shape[1]))  # some blocks flatten windows
-        outputs[name].add_(squares.flatten(0, -2).double().sum(0))
-
-    with ExitStack() as hooks:
-        for name in linears:
-            handle = block.get_submodule(name).register_forward_hook(partial(_watch, partial(note, name)))
-            hooks.callback(handle.remove)
-        for number, hidden in enumerate(stream):
-            leaf = hidden.detach().clone().requires_grad_(True)
-            runner.run(index, block, leaf).backward(gradient.read(number))  # type: ignore[no-untyped-call]
-            assert leaf.grad is not None
-            gradient.write(number, leaf.grad)
-    for name in linears:
-        if not bool(outputs[name].isfinite().all()):
-            raise CalibrationError(f"{name} of block {index}: gradients are NaN or infinite; check the weights for NaN")
-        found.tokens[(index, name)] = torch.cat(tokens[name])
-        found.outputs[(index, name)] = outputs[name] / runner.ids.numel()
-
-
-def _watch(note: Callable[[Tensor], None], module: nn.Module, args: object, output: Tensor) -> None:
-    """Have `note` called with the gradient of `output`, once that is known."""
-    output.register_hook(note)  # type: ignore[no-untyped-call]

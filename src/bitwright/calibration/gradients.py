@@ -12,8 +12,8 @@ block by block. At no time is more than one block in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -43,21 +43,61 @@ def token_weights(
     """
     say = progress or (lambda _: None)
     share = None if memory_bytes is None else memory_bytes // (runner.blocks + 1)
+    found: TokenWeights = {}
+    seen: dict[str, list[Tensor]] = {name: [] for name in runner.adapter.linears}
+
+    def note(name: str, grad: Tensor) -> None:
+        squares = grad.detach().float().square().sum(dim=-1)
+        seen[name].append(squares.reshape(-1, runner.ids.shape[1]))  # some blocks flatten windows and tokens
+
+    def head(stream: Stream) -> None:
+        _loss_gradients(runner, stream)
+
+    passes = backward_blocks(runner, head, note, lambda what: say(f"gradients: {what}"), share, folder)
+    with closing(passes) as blocks:
+        for index in blocks:
+            for name, parts in seen.items():
+                weights = found[(index, name)] = torch.cat(parts)
+                parts.clear()
+                if not bool(torch.isfinite(weights).all()):
+                    raise CalibrationError(
+                        f"{name} of block {index}: gradients are NaN or infinite; use weighting='uniform'"
+                    )
+    return found
+
+
+def backward_blocks(
+    runner: BlockRunner,
+    head: Callable[[Stream], None],
+    note: Callable[[str, Tensor], None],
+    say: Progress,
+    stream_bytes: int | None = None,
+    folder: Path | None = None,
+) -> Generator[int, None, None]:
+    """One pass forward and one backward; yields each block's index, the last first, once its gradients are known.
+
+    Args:
+        runner: of the blocks.
+        head: replaces the last block's outputs by the gradients with respect to them.
+        note: told a linear, named relative to the block, and the gradient of its output, batch by batch.
+        say: told what is being done.
+        stream_bytes: a block's inputs that take more go to a file in `folder`; None: see `Stream`.
+        folder: see `Stream`.
+    """
     with ExitStack() as stack:
-        inputs = [stack.enter_context(runner.first_inputs(share, folder))]
+        inputs = [stack.enter_context(runner.first_inputs(stream_bytes, folder))]
         for index in range(runner.blocks):
-            say(f"gradients: forward, block {index}")
+            say(f"forward, block {index}")
             inputs.append(stack.enter_context(inputs[-1].copy()))
             runner.advance(index, runner.block(index), inputs[-1])
-        say("gradients: head")
+        say("head")
         gradient = inputs.pop()
-        _loss_gradients(runner, gradient)
-        found: TokenWeights = {}
+        head(gradient)
         for index in reversed(range(runner.blocks)):
-            say(f"gradients: backward, block {index}")
+            say(f"backward, block {index}")
             with inputs.pop() as stream:
-                found |= _block_gradients(runner, index, stream, gradient)
-    return found
+                _backward(runner, index, stream, gradient, note)
+            yield index
 
 
 def _loss_gradients(runner: BlockRunner, stream: Stream) -> None:
@@ -76,18 +116,13 @@ def _loss_gradients(runner: BlockRunner, stream: Stream) -> None:
             stream.write(number, torch.cat(pieces))
 
 
-def _block_gradients(runner: BlockRunner, index: int, stream: Stream, gradient: Stream) -> TokenWeights:
-    """Token weights of one block; `gradient` goes from the block's outputs to its inputs."""
+def _backward(
+    runner: BlockRunner, index: int, stream: Stream, gradient: Stream, note: Callable[[str, Tensor], None]
+) -> None:
+    """Take `gradient` from one block's outputs to its inputs."""
     block = runner.block(index)
-    linears = runner.adapter.linears
-    seen: dict[str, list[Tensor]] = {name: [] for name in linears}
-
-    def note(name: str, grad: Tensor) -> None:
-        squares = grad.detach().float().square().sum(dim=-1)
-        seen[name].append(squares.reshape(-1, runner.ids.shape[1]))  # some blocks flatten windows and tokens
-
     with ExitStack() as hooks:
-        for name in linears:
+        for name in runner.adapter.linears:
             handle = block.get_submodule(name).register_forward_hook(partial(_watch, partial(note, name)))
             hooks.callback(handle.remove)
         for number, hidden in enumerate(stream):
@@ -95,11 +130,6 @@ def _block_gradients(runner: BlockRunner, index: int, stream: Stream, gradient: 
             runner.run(index, block, leaf).backward(gradient.read(number))  # type: ignore[no-untyped-call]
             assert leaf.grad is not None
             gradient.write(number, leaf.grad)
-    found = {(index, name): torch.cat(parts) for name, parts in seen.items()}
-    for (_, name), weights in found.items():
-        if not bool(torch.isfinite(weights).all()):
-            raise CalibrationError(f"{name} of block {index}: gradients are NaN or infinite; use weighting='uniform'")
-    return found
 
 
 def _watch(note: Callable[[Tensor], None], module: nn.Module, args: object, output: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bitwright.errors import FormatError
 from bitwright.formats.bits import has_padding_bits, pack_rows, row_words, unpack_rows
-from bitwright.formats.layout import TensorEntry
+from bitwright.formats.layout import TensorEntry, beyond_plain_codes
 from bitwright.numeric.grid import Grid
 from bitwright.numeric.qtensor import QTensor
 from bitwright.numeric.spec import SCALE_DTYPES, WeightSpec
@@ -70,12 +70,8 @@ def refusal(entry: TensorEntry, odd_bits: bool = False) -> str | None:
     `odd_bits` admits 3, 5, 6 and 7 bits, which versions of the library before `OLDEST_READER` misread.
     """
     spec, in_features = entry.spec, entry.shape[1]
-    if spec.bilevel is not None:
-        return f"has a two-level grid ({spec.label()}), needed one level; quantize without bilevel"
-    if entry.outliers:
-        return f"has {entry.outliers} outliers, needed none; quantize with outliers='none'"
-    if spec.zero == "float":
-        return "has float zeros, needed integers; quantize with zero='int'"
+    if (problem := beyond_plain_codes(entry)) is not None:
+        return problem
     if 32 % spec.bits and not odd_bits:
         return (
             f"has {spec.bits} bits, which compressed-tensors before {OLDEST_READER} misreads without an error, needed "

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bitwright.errors import FormatError
 from bitwright.formats.bits import pack_rows, row_words, unpack_rows
-from bitwright.formats.layout import TensorEntry
+from bitwright.formats.layout import TensorEntry, beyond_plain_codes
 from bitwright.numeric.grid import Grid
 from bitwright.numeric.qtensor import QTensor
 from bitwright.numeric.spec import SCALE_DTYPES, WeightSpec
@@ -37,12 +37,8 @@ def refusal(entry: TensorEntry, awq: bool = False) -> str | None:
     """Why the format cannot hold a matrix, and what to do about it; None if it can, as far as its entry tells."""
     spec, (out_features, in_features) = entry.spec, entry.shape
     bits = (_AWQ_BITS,) if awq else GPTQ_BITS
-    if spec.bilevel is not None:
-        return f"has a two-level grid ({spec.label()}), needed one level; quantize without bilevel"
-    if entry.outliers:
-        return f"has {entry.outliers} outliers, needed none; quantize with outliers='none'"
-    if spec.zero == "float":
-        return "has float zeros, needed integers; quantize with zero='int'"
+    if (problem := beyond_plain_codes(entry)) is not None:
+        return problem
     if spec.bits not in bits:
         return f"has {spec.bits} bits, needed {', '.join(str(one) for one in bits)}"
     if in_features % spec.group_width(in_features):

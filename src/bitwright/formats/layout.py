@@ -133,3 +133,18 @@ def check_part(
             f"{name}: found {dtype} {list(shape)}, needed {needed[1]} {list(needed[0])}; "
             "the tensor does not belong to this quantization_config"
         )
+
+
+def beyond_plain_codes(entry: TensorEntry) -> str | None:
+    """What a matrix has besides codes, one level of scales and integer zeros, and the remedy; None: nothing.
+
+    Formats of other tools hold no more than that.
+    """
+    spec = entry.spec
+    if spec.bilevel is not None:
+        return f"has a two-level grid ({spec.label()}), needed one level; quantize without bilevel"
+    if entry.outliers:
+        return f"has {entry.outliers} outliers, needed none; quantize with outliers='none'"
+    if spec.zero == "float":
+        return "has float zeros, needed integers; quantize with zero='int'"
+    return None

@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from bitwright.formats.bits import unpack_rows
 from bitwright.formats.native import TensorEntry, check_parts
 from bitwright.numeric.outliers import Outliers
 from bitwright.numeric.spec import WeightSpec
@@ -224,8 +223,9 @@ def _tiled(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _grid(weight: PackedWeight, spec: WeightSpec) -> tuple[tuple[int, int], tuple[Tensor | None, ...]]:
     """Kinds of scale and zero, and their tensors: scale, zero, statistics."""
-    if _keeps_levels(spec):
-        return (_SCALE_KINDS["levels"], _ZERO_KINDS["levels"]), _levels(weight, spec)
+    if spec.scale_dtype == "float16" and reference.packs_levels(spec, _TILE):
+        codes, statistics = reference.packed_levels(weight, _TILE)
+        return (_SCALE_KINDS["levels"], _ZERO_KINDS["levels"]), (_tiled(codes, torch.uint8), None, statistics)
     grid = weight.grid()
     # One level stored as float16 stays so; bfloat16 and decoded levels need float32.
     half = spec.bilevel is None and spec.scale_dtype == "float16"
@@ -236,28 +236,6 @@ def _grid(weight: PackedWeight, spec: WeightSpec) -> tuple[tuple[int, int], tupl
     if spec.zero == "int":
         return (_SCALE_KINDS[float_kind], _ZERO_KINDS["byte"]), (scale, _tiled(grid.zero, torch.uint8), None)
     return (_SCALE_KINDS[float_kind], _ZERO_KINDS[float_kind]), (scale, _tiled(grid.zero, dtype), None)
-
-
-def _keeps_levels(spec: WeightSpec) -> bool:
-    level = spec.bilevel
-    if level is None or level.axis != "row" or level.zero_bits is None or spec.scale_dtype != "float16":
-        return False
-    return level.scale_bits <= 4 and level.zero_bits <= 4 and level.size % _TILE == 0
-
-
-def _levels(weight: PackedWeight, spec: WeightSpec) -> tuple[Tensor, None, Tensor]:
-    """Both codes of a group in one byte, and the statistics of every tile's superblock."""
-    level = spec.bilevel
-    assert level is not None
-    assert level.zero_bits is not None
-    assert weight.scale_codes is not None
-    assert weight.zero_codes is not None
-    assert weight.superblock_statistics is not None
-    rows, groups = weight.out_features, spec.groups(weight.in_features)
-    scale = unpack_rows(weight.scale_codes[None], level.scale_bits, rows * groups).view(rows, groups)
-    zero = unpack_rows(weight.zero_codes[None], level.zero_bits, rows * groups).view(rows, groups)
-    superblock = torch.arange(0, rows, _TILE) // level.size
-    return _tiled(scale | zero << 4, torch.uint8), None, weight.superblock_statistics[superblock].contiguous()
 
 
 def _outliers(outliers: Outliers | None, tiles: int, layout: _Padding) -> tuple[Tensor | None, ...]:

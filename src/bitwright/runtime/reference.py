@@ -98,6 +98,32 @@ class PackedWeight:
         return None if self.outlier_idx is None else unpack_outliers(self.stored(), self.shape)
 
 
+def packs_levels(spec: WeightSpec, tile: int) -> bool:
+    """Whether a group's two level codes fit a byte, and every tile of `tile` rows has one superblock."""
+    level = spec.bilevel
+    if level is None or level.axis != "row" or level.zero_bits is None:
+        return False
+    return level.scale_bits <= 4 and level.zero_bits <= 4 and level.size % tile == 0
+
+
+def packed_levels(weight: PackedWeight, tile: int) -> tuple[Tensor, Tensor]:
+    """Both codes of a group in one byte, the scale's below, uint8 [out, groups]; statistics of every tile's superblock.
+
+    Needs `packs_levels`.
+    """
+    level = weight.spec.bilevel
+    assert level is not None
+    assert level.zero_bits is not None
+    assert weight.scale_codes is not None
+    assert weight.zero_codes is not None
+    assert weight.superblock_statistics is not None
+    rows, groups = weight.out_features, weight.spec.groups(weight.in_features)
+    scale = unpack_rows(weight.scale_codes[None], level.scale_bits, rows * groups).view(rows, groups)
+    zero = unpack_rows(weight.zero_codes[None], level.zero_bits, rows * groups).view(rows, groups)
+    superblock = torch.arange(0, rows, tile, device=scale.device) // level.size
+    return scale | zero << 4, weight.superblock_statistics[superblock].contiguous()
+
+
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """`x` [..., in] times the transposed weight, plus `bias` [out]: [..., out] of the type of `x`."""
     dtype = product_dtype(x)

@@ -26,7 +26,7 @@ from bitwright.formats.bits import unpack_rows
 from bitwright.formats.native import TensorEntry, check_parts
 from bitwright.numeric.outliers import Outliers
 from bitwright.numeric.spec import WeightSpec
-from bitwright.runtime.reference import PackedWeight
+from bitwright.runtime.reference import PackedWeight, packed_levels, packs_levels
 
 TILE, UNIT, HALF = 16, 32, 16
 
@@ -156,8 +156,9 @@ def _plane(ordered: Tensor, bits: int, shift: int, places: list[int]) -> Tensor:
 
 def _grid(weight: PackedWeight, spec: WeightSpec) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Scale, zero and statistics."""
-    if _keeps_levels(spec):
-        return _levels(weight, spec)
+    if packs_levels(spec, TILE):
+        codes, statistics = packed_levels(weight, TILE)
+        return _tiled(codes), None, statistics
     grid = weight.grid()
     # Decoded levels need float32; one level keeps its type.
     dtype = spec.storage_dtype if spec.bilevel is None else torch.float32
@@ -165,28 +166,6 @@ def _grid(weight: PackedWeight, spec: WeightSpec) -> tuple[Tensor, Tensor | None
     if spec.symmetric:
         return scale, None, None
     return scale, _tiled(grid.zero.to(torch.uint8 if spec.zero == "int" else dtype)), None
-
-
-def _keeps_levels(spec: WeightSpec) -> bool:
-    level = spec.bilevel
-    if level is None or level.axis != "row" or level.zero_bits is None:
-        return False
-    return level.scale_bits <= 4 and level.zero_bits <= 4 and level.size % TILE == 0
-
-
-def _levels(weight: PackedWeight, spec: WeightSpec) -> tuple[Tensor, None, Tensor]:
-    """Both codes of a group in one byte, and the statistics of every tile's superblock."""
-    level = spec.bilevel
-    assert level is not None
-    assert level.zero_bits is not None
-    assert weight.scale_codes is not None
-    assert weight.zero_codes is not None
-    assert weight.superblock_statistics is not None
-    rows, groups = weight.out_features, spec.groups(weight.in_features)
-    scale = unpack_rows(weight.scale_codes[None], level.scale_bits, rows * groups).view(rows, groups)
-    zero = unpack_rows(weight.zero_codes[None], level.zero_bits, rows * groups).view(rows, groups)
-    superblock = torch.arange(0, rows, TILE, device=scale.device) // level.size
-    return _tiled(scale | zero << 4), None, weight.superblock_statistics[superblock].contiguous()
 
 
 def _tiled(values: Tensor) -> Tensor:
