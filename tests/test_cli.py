@@ -116,6 +116,13 @@ def test_analyze_writes_a_report_and_a_recipe(
     assert json.loads(report.read_text()) == json.loads((out / "report.json").read_text())
     planned = ("plan", model, "--recipe", str(out / "recipe.toml"), "--set", "scheme=w4a16g32")
     assert run(monkeypatch, *planned) == 0
+    wider = ("--seeds", "2", "--matrix", "rtn:w3a16g32", "--evaluation-set", f"mine={text_file}")
+    monkeypatch.setitem(cli.BUDGETS, "quick", Budget("quick", 2, 32, (0,), ("random",), evaluation_windows=2))
+    assert run(monkeypatch, *arguments, *wider) == 0
+    matrix = json.loads(report.read_text())["matrix"]
+    assert [(row["recipe"], row["evaluation"], row["seed"]) for row in matrix["rows"]] == [("rtn w3a16g32", "mine", 0)]
+    assert run(monkeypatch, *arguments, *wider, "--matrix", "rtn") == 2
+    assert "METHOD:SCHEME" in capsys.readouterr().err
     assert run(monkeypatch, *arguments, "--fail-above", "max_median=0.001") == 4
     assert "limit not kept" in capsys.readouterr().out
     assert run(monkeypatch, *arguments, "--fail-above", "max_medain=1") == 2

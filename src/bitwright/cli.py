@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ import bitwright
 from bitwright import console as show
 from bitwright.analyze.choices import choices_of, default_choices
 from bitwright.analyze.promise import Target as Goal
-from bitwright.analyze.run import BUDGETS
+from bitwright.analyze.run import BUDGETS, named_budget
 from bitwright.analyze.run import analyze as analyze_model
 from bitwright.analyze.sections import allocation_section
 from bitwright.analyze.target import TargetOptions, quantize_to_target
@@ -189,6 +190,14 @@ def analyze(
         typer.Option("--calibration-set", help="Such as text, task, code, nonsense, random, self, a file. Repeatable."),
     ] = None,
     recipe: RecipeOption = None,
+    matrix: Annotated[
+        list[str] | None,
+        typer.Option("--matrix", help="METHOD:SCHEME[:KEY=VALUE] to quantize with by every set and seed. Repeatable."),
+    ] = None,
+    evaluations: Annotated[
+        list[str] | None, typer.Option("--evaluation-set", help="What the matrix is measured on. Repeatable.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Draws of each set.")] = None,
     fail_above: Annotated[
         list[str] | None, typer.Option("--fail-above", help="METRIC=NUMBER: exit status 4 above it. Repeatable.")
     ] = None,
@@ -197,11 +206,18 @@ def analyze(
     """Measure outliers and what calibration sets change, and write a report and a recipe."""
     limits = [parse_limit(text) for text in fail_above or ()]
     wanted = None if recipe is None else bitwright.load_recipe(file=recipe)
+    chosen = named_budget(budget)
+    chosen = replace(
+        chosen,
+        matrix=tuple(matrix or chosen.matrix),
+        evaluations=tuple(evaluations or ()),
+        seeds=chosen.seeds if seeds is None else tuple(range(seeds)),
+    )
     with show.progress_bar("analyzing") as bar:
         report = analyze_model(
             model,
             out,
-            budget=budget,
+            budget=chosen,
             sets=sets,
             recipe=wanted,
             progress=lambda what, done, total: bar.update(bar.task_ids[0], completed=done, total=total, what=what),

@@ -98,7 +98,7 @@ class Method(Settings):
     @property
     def calibrated(self) -> bool:
         """Whether the method needs to see the inputs of the linears."""
-        return self.prepares or isinstance(self.rounding, Gptq)
+        return self.prepares or isinstance(self.rounding, Gptq) or self.activations.granularity == "tensor"
 
     @property
     def prepares(self) -> bool:

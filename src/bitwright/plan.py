@@ -325,11 +325,6 @@ class _Planner:
         # Embeddings look up rows, and what the head multiplies stays in float, as in all of the literature.
         if activation is None or not self._inside_block(name):
             return None
-        if activation.granularity == "tensor" and not method.calibrated:
-            self._refuse(
-                f"method {method.name} quantizes activations by static ranges per tensor, but it sees no inputs; "
-                "set activations.granularity=token, or use a calibrated method"
-            )
         return activation
 
     def _check_kv_cache(self, scheme: Scheme, method: Method) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from statistics import median
 
-from bitwright.analyze.model import Advice, Report, SiteRow
+from bitwright.analyze.model import Advice, Interval, Report, SiteRow, VarianceRow
 from bitwright.analyze.svg import number
 from bitwright.analyze.thresholds import metrics, where
 from bitwright.errors import RecipeError
@@ -158,14 +158,24 @@ def _corpus(report: Report) -> Advice:
         return Advice(rule=rule, verdict="Whether the corpus matters is not known.", evidence=(missing,), withheld=True)
     evidence = tuple(
         f"{row.recipe} on {row.evaluation}, {row.measure}: variance between sets is {number(row.ratio or 0.0)} times "
-        "that between seeds"
+        "that between seeds" + _within(row.interval)
         for row in sorted(known, key=lambda row: -(row.ratio or 0.0))[:_LISTED]
     )
-    material = sorted({row.recipe for row in known if (row.ratio or 0.0) > 1})
+    material = sorted({row.recipe for row in known if _tells_sets_apart(row)})
     if not material:
-        return Advice(rule=rule, verdict="The choice of corpus is immaterial: seeds vary as much.", evidence=evidence)
+        verdict = "The choice of corpus is immaterial: no recipe varies more from set to set than from seed to seed."
+        return Advice(rule=rule, verdict=verdict, evidence=evidence)
     verdict = f"The corpus matters to {', '.join(material)}: calibrate on text like that of use."
     return Advice(rule=rule, verdict=verdict, evidence=evidence)
+
+
+def _tells_sets_apart(row: VarianceRow) -> bool:
+    """More variance between sets than between seeds, and not by chance."""
+    return (row.ratio or 0.0) > 1 and (row.interval is None or row.interval.low > 0)
+
+
+def _within(interval: Interval | None) -> str:
+    return "" if interval is None else f" (95 %: {number(interval.low)} to {number(interval.high)})"
 
 
 def _data_free(report: Report) -> Advice:

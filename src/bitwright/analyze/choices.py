@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bitwright.errors import RecipeError
 from bitwright.method import Method, load_method, weight_spec
 from bitwright.numeric.spec import WeightSpec
-from bitwright.recipe import load_recipe
+from bitwright.recipe import Recipe, load_recipe
 from bitwright.rounding.sensitivity import Obs
 from bitwright.scheme import Scheme
 from bitwright.transforms.rotate import Rotate
@@ -72,14 +72,23 @@ def parse_choice(text: str) -> Choice:
     Raises:
         RecipeError: `text` is not understood.
     """
-    method, separator, rest = text.partition(":")
-    scheme, *overrides = rest.split(":")
-    if not separator:
-        raise RecipeError(f"choice {text!r} is not understood; needed METHOD:SCHEME, such as gptq:w4a16g64")
-    recipe = load_recipe(method, scheme, overrides=overrides)
+    recipe = parse_recipe(text)
     if recipe.method is None or recipe.scheme is None:
         raise RecipeError(f"choice {text!r} has no method or no scheme; needed METHOD:SCHEME, such as gptq:w4a16g64")
     return Choice(recipe.method, recipe.scheme)
+
+
+def parse_recipe(text: str) -> Recipe:
+    """The whole recipe that is spelled in the same way, such as `rtn:w8a8:activations.granularity=tensor`.
+
+    Raises:
+        RecipeError: `text` is not understood.
+    """
+    method, separator, rest = text.partition(":")
+    scheme, *overrides = rest.split(":")
+    if not separator:
+        raise RecipeError(f"{text!r} is not understood; needed METHOD:SCHEME, such as gptq:w4a16g64")
+    return load_recipe(method, scheme, overrides=overrides)
 
 
 def default_choices() -> tuple[Choice, ...]:

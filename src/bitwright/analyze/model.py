@@ -216,6 +216,7 @@ class MatrixRow(Settings):
 class VarianceRow(Settings):
     """Variance between calibration sets over variance between seeds, of one recipe on one evaluation set.
 
+    Components of variance: `between_sets` is what the sets' means vary beyond what their draws explain.
     `ratio` is None where seeds do not vary (a data-free recipe), and `constant` says that no value varied at all.
     """
 

@@ -1,4 +1,7 @@
-"""`analyze`: calibration sets -> one streaming pass -> advice, recipe and report."""
+"""`analyze`: calibration sets -> one streaming pass -> sensitivity -> matrix -> advice, recipe and report.
+
+A budget says how far down this line to go: the first pass costs minutes, the matrix quantizes the model many times.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,9 +20,13 @@ from torch import Tensor
 from bitwright import __about__
 from bitwright.analyze.advice import advise, suggested_recipe
 from bitwright.analyze.allocate import recipe_toml
-from bitwright.analyze.model import ModelSection, Report, RunSection
+from bitwright.analyze.choices import parse_choice, parse_recipe
+from bitwright.analyze.matrix import MatrixOptions, measure_matrix
+from bitwright.analyze.model import MatrixSection, ModelSection, Report, RunSection, SensitivitySection
 from bitwright.analyze.outliers import Collector
 from bitwright.analyze.report import write_report
+from bitwright.analyze.sections import sensitivity_section
+from bitwright.analyze.sensitivity import Probes, Run, measure_sensitivity
 from bitwright.analyze.sets import CalibrationSet, SetMaker, SetSpec, parse_set
 from bitwright.analyze.summary import Summary
 from bitwright.checkpoint.open import open_source
@@ -26,7 +34,7 @@ from bitwright.checkpoint.source import Source
 from bitwright.errors import PlanError
 from bitwright.execute.memory import available_memory_bytes, peak_rss_bytes
 from bitwright.models import Adapter, adapter_for, block_count
-from bitwright.numeric.settings import nearest_name
+from bitwright.numeric.settings import Settings, nearest_name
 from bitwright.recipe import Recipe
 
 Progress = Callable[[str, int, int], None]
@@ -35,21 +43,41 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is looked at: draws of `windows` windows of `window_tokens` tokens, one for each seed of each set."""
+    """How much is looked at.
+
+    Attributes:
+        windows, window_tokens: of a draw; there is one for each of `seeds` of each of `sets`.
+        probes: tensors whose KL is measured, beside the cheap measures of sensitivity; None: no sensitivity at all.
+        matrix: recipes of the calibration-sensitivity matrix, as `choices.parse_recipe` reads them; none: no matrix.
+        evaluations: sets to measure the matrix on, `evaluation_windows` windows each; none: those of `sets` that have
+            a half for evaluation.
+    """
 
     name: str
     windows: int
     window_tokens: int
     seeds: tuple[int, ...]
     sets: tuple[str, ...]
+    probes: int | None = None
+    matrix: tuple[str, ...] = ()
+    evaluations: tuple[str, ...] = ()
+    evaluation_windows: int = 8
 
 
+STATIC = "activations.granularity=tensor"
+"""Of activations: one range for a whole tensor, seen while calibrating."""
+MATRIX = ("rtn:w4a16g64", "gptq:w4a16g64", "awq:w4a16g64", f"rtn:w8a8:{STATIC}", f"smoothquant:w8a8:{STATIC}")
+"""The recipes of the study (arXiv 2405.20835), and the control."""
+SENSITIVITY = tuple(f"rtn:w{bits}a16g64" for bits in (2, 3, 4, 8))
+_PROBE_WINDOWS = 2
+_SETS = ("text", "task", "code", "nonsense", "random", "self")
+_HALVES = ("text", "task", "code", "language")
 BUDGETS = {
     budget.name: budget
     for budget in (
         Budget("quick", 8, 256, (0,), ("text", "nonsense")),
-        Budget("standard", 16, 256, (0, 1, 2), ("text", "task", "code", "nonsense", "random", "self")),
-        Budget("full", 32, 512, (0, 1, 2), ("text", "task", "code", "nonsense", "random", "self")),
+        Budget("standard", 16, 256, (0, 1, 2), _SETS, probes=0),
+        Budget("full", 16, 512, (0, 1, 2), _SETS, probes=48, matrix=MATRIX),
     )
 }
 
@@ -84,11 +112,12 @@ def analyze(
     recipe: Recipe | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Look at the activations of `model` on calibration sets and write the report into the folder `out`.
+    """Look at `model` on calibration sets, as far as the budget goes, and write the report into the folder `out`.
 
     Args:
         model: a Hugging Face folder, a hub id, a `.gguf` file, or `demo`.
-        out: made where it is missing; files of an earlier report are replaced. Keeps the model's own samples.
+        out: made where it is missing; files of an earlier report are replaced. Keeps the model's own samples, and the
+            finished part of a matrix, with which an interrupted run goes on.
         budget: `quick`, `standard`, `full`, or one of your own.
         sets: as `sets.parse_set` reads them; None: those of the budget. Of those, `self` is left out, with a note,
             where the model would take more than half of the memory that is available.
@@ -97,13 +126,66 @@ def analyze(
 
     Raises:
         PlanError: the budget is unknown, or the architecture cannot be run block by block.
+        RecipeError: a recipe of the matrix is not understood.
         CheckpointError: the model cannot be read.
-        CalibrationError: a set cannot be drawn, or an activation is not finite.
+        CalibrationError: a set cannot be drawn, an activation is not finite, or the matrix is to be measured on windows
+            that it calibrates on.
         OSError: a file cannot be written.
     """
     started = time.perf_counter()
-    analysis = observe_model(model, Path(out), budget=budget, sets=sets, recipe=recipe, progress=progress)
+    say = progress or (lambda what, done, total: None)
+    chosen = budget if isinstance(budget, Budget) else named_budget(budget)
+    recipes = {text.replace(":", " "): parse_recipe(text) for text in chosen.matrix}
+    analysis = observe_model(model, Path(out), budget=chosen, sets=sets, recipe=recipe, progress=progress)
+    if chosen.probes is not None:
+        analysis = _timed(analysis, "sensitivity", partial(_sensitivity, analysis, chosen.probes, say))
+    if recipes:
+        analysis = _timed(analysis, "matrix", partial(_matrix, analysis, recipes, Path(out), say))
     return finish(analysis, Path(out), started)
+
+
+def _timed(analysis: Analysis, phase: str, section: Callable[[], Settings]) -> Analysis:
+    """With one more section of the report."""
+    started = time.perf_counter()
+    report = analysis.report.model_copy(update={phase: section()})
+    phases = report.run.phases | {phase: time.perf_counter() - started}
+    report = report.model_copy(update={"run": report.run.model_copy(update={"phases": phases})})
+    return replace(analysis, report=report)
+
+
+def _sensitivity(analysis: Analysis, count: int, say: Progress) -> SensitivitySection:
+    """Of every linear to the bits of `SENSITIVITY`, on the first draw; probes on the evaluation half of its set."""
+    draw, blocks = analysis.draws[0], analysis.report.model.blocks
+    seen = dict.fromkeys(("forward", "backward", "sensitivity"), 0)
+
+    def told(what: str) -> None:
+        phase = what.partition(":")[0].partition(",")[0]
+        seen[phase] = seen.get(phase, 0) + 1
+        say(what, min(sum(seen.values()), 3 * blocks), 3 * blocks)
+
+    probes = Probes(_probe_windows(analysis, draw), count) if count else None
+    choices = tuple(parse_choice(text) for text in SENSITIVITY)
+    found = measure_sensitivity(analysis.source, choices, draw.ids, Run(probes, analysis.recipe, progress=told))
+    return sensitivity_section(found, label=draw.name, shape=draw.ids.shape)
+
+
+def _probe_windows(analysis: Analysis, draw: CalibrationSet) -> Tensor:
+    """Windows of the set of `draw` that it does not hold."""
+    if draw.spec.kind in _HALVES:
+        return analysis.maker.draw(draw.spec, 0, "evaluation").ids[:_PROBE_WINDOWS]
+    maker = SetMaker(analysis.source, len(draw.ids) + _PROBE_WINDOWS, draw.ids.shape[1])
+    more = maker.draw(draw.spec, draw.seed, "evaluation").ids
+    return more[~(more[:, None] == draw.ids[None]).all(-1).any(-1)][:_PROBE_WINDOWS]
+
+
+def _matrix(analysis: Analysis, recipes: dict[str, Recipe], out: Path, say: Progress) -> MatrixSection:
+    budget = analysis.budget
+    specs = dict.fromkeys(draw.spec for draw in analysis.draws if draw.spec.kind in _HALVES)
+    wanted = [parse_set(text) for text in budget.evaluations] or list(specs) or [parse_set("text")]
+    maker = SetMaker(analysis.source, budget.evaluation_windows, budget.window_tokens)
+    evaluations = [maker.draw(spec, 0, "evaluation") for spec in wanted]
+    options = MatrixOptions(recipes, evaluations, out / "matrix", say)
+    return measure_matrix(analysis.source.label, analysis.draws, options)
 
 
 def observe_model(
@@ -117,7 +199,7 @@ def observe_model(
 ) -> Analysis:
     """The part of `analyze` before the advice: draws, statistics, and a report that holds them; errors as there."""
     started = time.perf_counter()
-    chosen = budget if isinstance(budget, Budget) else _budget(budget)
+    chosen = budget if isinstance(budget, Budget) else named_budget(budget)
     source = open_source(model)
     adapter = adapter_for(source.config)
     maker = SetMaker(source, chosen.windows, chosen.window_tokens, out / "samples")
@@ -162,7 +244,8 @@ def _recipe(analysis: Analysis) -> str:
     return recipe_toml(analysis.recipe or suggested_recipe(analysis.report))
 
 
-def _budget(name: str) -> Budget:
+def named_budget(name: str) -> Budget:
+    """One of `BUDGETS`; PlanError where there is none of that name."""
     if name not in BUDGETS:
         raise PlanError(f"budget {name!r} is unknown{nearest_name(name, list(BUDGETS))}")
     return BUDGETS[name]

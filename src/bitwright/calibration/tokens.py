@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field, field_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bitwright.calibration.overlap import SHINGLE_TOKENS, fingerprints
@@ -25,6 +28,7 @@ from bitwright.errors import CalibrationError, EvaluationError
 from bitwright.numeric.settings import Settings
 
 HUB = "hf:"
+_WINDOWS_SUFFIX = ".safetensors"
 _CHARACTERS_PER_TOKEN = 16
 """Characters of a data set that are read for every token needed. Real text has 3 to 5 to a token; the rest gives
 the permutation something to choose from."""
@@ -38,7 +42,8 @@ class Calibration(Settings):
 
     Attributes:
         text: `builtin` (the calibration half of the built-in text), `self` (sampled from the model itself),
-            `hf:NAME[:CONFIG[:SPLIT]]` (column `text` of a data set on the hub), or the path of a text file.
+            `hf:NAME[:CONFIG[:SPLIT]]` (column `text` of a data set on the hub), the path of a text file, or that of a
+            `.safetensors` file whose tensor `ids` [windows, tokens] holds the windows themselves.
         layout: how a text file becomes one text; see `calibration.text`.
         windows: number of windows.
         window_tokens: their length; no shorter than what is hashed to tell calibration from evaluation text.
@@ -101,6 +106,8 @@ def calibration_windows(
     """
     if settings.text == "self":
         return TokenWindows(_sampled(settings, seed, sample), "self")
+    if settings.text.endswith(_WINDOWS_SUFFIX):
+        return _given(settings, len(tokenizer))
     text = _load(settings)
     # verbose=False: the text is meant to be longer than the model's context
     tokens = torch.tensor(tokenizer(text.content, verbose=False)["input_ids"], dtype=torch.int64)
@@ -131,6 +138,30 @@ def _sampled(settings: Calibration, seed: int, sample: Sampler | None) -> Tensor
             f"{list(needed)}; mend the sampler"
         )
     return ids
+
+
+def _given(settings: Calibration, vocabulary: int) -> TokenWindows:
+    """The first `settings.windows` windows of a file of token ids, cut to `settings.window_tokens`."""
+    try:
+        ids = load_file(settings.text)["ids"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise CalibrationError(
+            f"calibration windows {settings.text!r}: cannot be read ({type(error).__name__}: {error}); needed a "
+            "safetensors file with the tensor ids, integers [windows, tokens]"
+        ) from error
+    needed = (settings.windows, settings.window_tokens)
+    if ids.ndim != 2 or ids.is_floating_point() or ids.shape[0] < needed[0] or ids.shape[1] < needed[1]:
+        raise CalibrationError(
+            f"calibration windows {settings.text!r}: ids are {ids.dtype} {list(ids.shape)}, needed integers of at "
+            f"least {list(needed)}; set calibration.windows and calibration.window_tokens to what the file holds"
+        )
+    ids = ids[: needed[0], : needed[1]].to(torch.int64)
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise CalibrationError(
+            f"calibration windows {settings.text!r}: ids from {int(ids.min())} to {int(ids.max())}, needed 0 to "
+            f"{vocabulary - 1}; use the tokenizer that belongs to this model"
+        )
+    return TokenWindows(ids, Path(settings.text).name)
 
 
 def _load(settings: Calibration) -> Text:
