@@ -92,6 +92,8 @@ class Method(Settings):
     bilevel: Bilevel | None = None
     group_size: int | None = Field(default=None, ge=1)
     """Of groups, where the scheme names none; schemes without g otherwise mean one group per channel."""
+    grid: Literal["native", "gguf"] = "native"
+    """`gguf`: the grid of every matrix is that of a GGUF type for the scheme's bits (see `formats.gguf.gguf_grid`)."""
     inputs: Inputs = Inputs()
     activations: Activations = Activations()
 
@@ -140,6 +142,8 @@ class Method(Settings):
             raise ValueError("learned weights decide the nearest codes, which error feedback would move; needs nearest")
         if self.rotate is not None and self.rotate.online_down and "down" in getattr(self.transform, "sites", ()):
             raise ValueError("rotate.online_down mixes the channels of down; leave down out of transform.sites")
+        if self.grid == "gguf" and (self.bilevel is not None or self.group_size is not None):
+            raise ValueError("grid 'gguf' has groups and levels of its own; leave out bilevel and group_size")
         updated = isinstance(self.rounding, Gptq) and self.rounding.groups == "updated"
         if isinstance(self.rounding, Gptq) and self.rounding.refit and self.bilevel is not None:
             raise ValueError("rounding.refit needs scales of one level; two-level ones are refined before rounding")

@@ -20,7 +20,8 @@ from bitwright.budget import within_budget
 from bitwright.checkpoint.open import open_source
 from bitwright.checkpoint.shard import TensorInfo
 from bitwright.checkpoint.source import Source
-from bitwright.errors import PlanError
+from bitwright.errors import FormatError, PlanError
+from bitwright.formats.gguf import gguf_grid
 from bitwright.formats.native import TensorEntry, packed_bytes
 from bitwright.method import Inputs, Method, activation_spec, kv_spec, weight_spec
 from bitwright.models import adapter_for
@@ -269,7 +270,7 @@ class _Planner:
         if method is None or scheme is None:
             self.refusals.append(f"rule {rule.match!r} needs a method and a scheme; the recipe has no default")
             return self._kept_row(name, info, rule.match)
-        spec = weight_spec(method, scheme, self.recipe.scale_dtype)
+        spec = self._spec(name, info, method, scheme)
         self._check_matrix(name, info, spec)
         activation = self._check_scheme(name, scheme, method)
         if method.calibrated:
@@ -284,6 +285,21 @@ class _Planner:
         label = "default" if rule.match == "*" and rule not in self.recipe.rules else f"rule {rule.match!r}"
         row = Row(name, info.shape, info.dtype, "quantize", label, nbytes, spec=spec, method=method)
         return replace(row, activation=activation, hadamard=self._hadamard(name))
+
+    def _spec(self, name: str, info: TensorInfo, method: Method, scheme: Scheme) -> WeightSpec:
+        spec = weight_spec(method, scheme, self.recipe.scale_dtype)
+        if method.grid == "native":
+            return spec
+        if scheme.group_size is not None or scheme.symmetric is not None or spec.scale_dtype != "float16":
+            self._refuse(
+                f"scheme {scheme} with {spec.scale_dtype} scales; grid gguf has groups, symmetry and float16 scales of "
+                f"its own: use w{scheme.weight_bits}a{scheme.activation_bits} and scale_dtype=float16"
+            )
+        try:
+            return gguf_grid(scheme.weight_bits, info.shape[-1])
+        except FormatError as error:
+            self.refusals.append(f"{name}: {error}")
+            return spec
 
     def _hadamard(self, name: str) -> bool:
         """Whether the runtime must rotate the input of the linear that owns tensor `name`."""

@@ -16,11 +16,12 @@ import torch
 from gguf_models import quantize_into, requantize
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import bitwright
 from bitwright.checkpoint.gguf import GgufSource
 from bitwright.checkpoint.load import load_model
 from bitwright.checkpoint.manifest import verify_manifest
 from bitwright.checkpoint.quiet import quiet_transformers
-from bitwright.errors import FormatError, ResumeError
+from bitwright.errors import FormatError, PlanError, ResumeError
 from bitwright.export.folder import NativeFolder
 from bitwright.export.gguf import export_gguf
 from bitwright.export.gguf_import import import_gguf
@@ -166,25 +167,14 @@ def test_import_gives_back_the_folder(tmp_path: Path, quantized: Quantize) -> No
         assert np.array_equal(one.data, other.data)
 
 
-KINDS = {
-    "Q2_K": {"bits": 2, "level": (16, 4, 4), "group": 16},
-    "Q3_K": {"bits": 3, "level": (16, 6, None), "group": 16},
-    "Q4_K": {"bits": 4, "level": (8, 6, 6), "group": 32},
-    "Q5_K": {"bits": 5, "level": (8, 6, 6), "group": 32},
-    "Q6_K": {"bits": 6, "level": (16, 8, None), "group": 16},
-}
+KINDS = {"Q2_K": 2, "Q3_K": 3, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_k_blocks_from_a_recipe_and_back(tmp_path: Path, quantized: Quantize, kind: str) -> None:
-    settings = KINDS[kind]
-    size, scale_bits, zero_bits = settings["level"]
-    kind_of_zero = {"zero": "float"} if zero_bits else {}
-    level = {"axis": "column", "size": size, "scale_bits": scale_bits, "zero_bits": zero_bits}
-    method = {"name": "custom", "range": {"name": "minmax"}, "symmetric": not zero_bits, "bilevel": level}
     recipe = {
-        "method": method | kind_of_zero,
-        "scheme": f"w{settings['bits']}a16g{settings['group']}" + ("" if zero_bits else "-sym"),
+        "method": {"name": "custom", "range": {"name": "minmax"}, "grid": "gguf"},
+        "scheme": f"w{KINDS[kind]}a16",
     }
     sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "head_dim": 64}
     folder = quantized(tmp_path, "llama", recipe, **sizes)
@@ -202,6 +192,30 @@ def test_k_blocks_from_a_recipe_and_back(tmp_path: Path, quantized: Quantize, ki
         one, other = ours.unpack(module), theirs.unpack(module)
         assert torch.equal(one.codes, other.codes)
         assert torch.equal(one.grid.zero, other.grid.zero)
+
+
+def test_error_feedback_on_the_grid_of_each_matrix(tiny_llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Rows of 64 and 128 columns are no superblocks: they take blocks of 32 with at least the bits asked for."""
+    small = [f"calibration.text={json.dumps(str(text_file))}", "calibration.windows=2", "calibration.window_tokens=48"]
+    for bits, kind in ((3, "Q4_0"), (5, "Q5_0"), (6, "Q8_0")):
+        recipe = bitwright.load_recipe("gptq", f"w{bits}a16", overrides=["grid=gguf", *small])
+        bitwright.quantize(str(tiny_llama_folder), tmp_path / kind, recipe=recipe)
+        result = export_gguf(tmp_path / kind, tmp_path / f"{kind}.gguf")
+        assert {row.kind for row in result.rows if row.action != "kept"} == {kind}
+        assert result.lossy == ()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "override", "message"),
+    [
+        ("w4a16g32", "grid=gguf", "groups, symmetry and float16 scales of its own"),
+        ("w4a16", "scale_dtype=bfloat16", "with bfloat16 scales"),
+    ],
+)
+def test_grids_that_gguf_does_not_have(tiny_llama_folder: Path, scheme: str, override: str, message: str) -> None:
+    recipe = bitwright.load_recipe("rtn", scheme, overrides=["grid=gguf", override])
+    with pytest.raises(PlanError, match=message):
+        bitwright.plan(str(tiny_llama_folder), recipe=recipe)
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q5_1"])

@@ -106,6 +106,24 @@ REMEDY = (
 )
 
 
+_OF_WHOLE_SUPERBLOCKS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 7: "Q8_0", 8: "Q8_0"}
+_OF_BLOCKS = {2: "Q4_0", 3: "Q4_0", 4: "Q4_0", 5: "Q5_0", 6: "Q8_0", 7: "Q8_0", 8: "Q8_0"}
+
+
+def gguf_grid(bits: int, in_features: int) -> WeightSpec:
+    """The grid to quantize rows of `in_features` columns on, so that a GGUF type holds them exactly.
+
+    K-types where rows are whole superblocks of 256, else the type of one level with at least as many `bits`; those
+    with a minimum in fp16 (Q4_1, Q5_1) are not chosen, as they cost what a bit more or a second level costs.
+
+    Raises:
+        FormatError: rows are not whole blocks of 32.
+    """
+    if in_features % 32:
+        raise FormatError(f"{in_features} columns; GGUF's quantized types need a multiple of 32: keep this tensor")
+    return TYPES[(_OF_BLOCKS if in_features % 256 else _OF_WHOLE_SUPERBLOCKS)[bits]].spec
+
+
 def gguf_type(spec: WeightSpec, in_features: int) -> str:
     """The smallest GGUF type that holds every matrix of `spec` with `in_features` columns exactly.
 
