@@ -5,7 +5,8 @@
 Every figure is the time of one product under CUDA-graph replay, over copies of the weight that together exceed the L2
 cache several times. `x bf16` is the time of bf16 cuBLAS over it, measured in turn with it: medians over the rounds.
 `of copy` is the weight's bytes over that time, as a share of the bandwidth of a large copy in the same run. `error` is
-the SQNR in dB against the decoded weight in float64. `--tiny` runs every code path once with small shapes and without
+the SQNR in dB against the decoded weight in float64; the rows `w8a8` quantize their inputs to 8 bits, within the time
+and within the error. `--tiny` runs every code path once with small shapes and without
 graphs, on the CPU with TRITON_INTERPRET=1.
 """
 
@@ -16,13 +17,16 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from bitwright.formats.native import pack
+from bitwright.numeric.activation import ActivationSpec
 from bitwright.numeric.bilevel import SecondLevel
 from bitwright.numeric.grid import Grid
 from bitwright.numeric.measure import sqnr_db, squared_error
@@ -32,9 +36,13 @@ from bitwright.numeric.spec import Bilevel, WeightSpec
 from bitwright.runtime.reference import PackedWeight
 from bitwright.runtime.triton.kernel import dequantize, linear
 from bitwright.runtime.triton.layout import TritonWeight
+from bitwright.runtime.triton.w8a8 import Weight8, e4m3_linear, int8_linear, quantize_e4m3
 
 SHAPES = ((4096, 4096), (4096, 14336), (8192, 8192), (8192, 28672))  # (in, out)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
+# Of products of 8 bits, which are meant for prefill too.
+LARGE_BATCHES = (256, 1024, 4096)
+INT8 = {"w8a8": ActivationSpec(bits=8), "w8a8 symmetric": ActivationSpec(bits=8, symmetric=True)}
 SPQR = WeightSpec(bits=3, group_size=16, zero="float", bilevel=Bilevel(axis="row", size=16, scale_bits=3, zero_bits=3))
 FORMATS = {
     "w4g128": (WeightSpec(bits=4, group_size=128), 0.0),
@@ -51,11 +59,12 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Candidate:
-    """Products by equal copies of one weight."""
+    """Products by equal copies of one weight; `decoded` [out, in] of ours is what errors are measured against."""
 
     name: str
     bytes: int
     products: list[Product]
+    decoded: Callable[[], Tensor] | None = None
 
 
 def random_weight(shape: tuple[int, int], spec: WeightSpec, share: float, device: torch.device) -> TritonWeight:
@@ -78,20 +87,56 @@ def random_weight(shape: tuple[int, int], spec: WeightSpec, share: float, device
     return TritonWeight.of(PackedWeight.of(pack(q), spec, shape[1]))
 
 
-def copies(weight: TritonWeight, cold_bytes: int) -> list[TritonWeight]:
-    """`weight` and as many copies of it as exceed `cold_bytes`."""
-    fields = weight.__dict__
+def random_weight8(shape: tuple[int, int], device: torch.device, symmetric: bool = False) -> Weight8:
+    """Random int8 codes with a scale, and unless `symmetric` a zero, for each output."""
+    codes = torch.randint(-128, 128, shape, dtype=torch.int8, device=device)
+    codes = functional.pad(codes, (0, -shape[1] % 64)).contiguous()
+    scale = torch.rand(shape[0], device=device) * 1e-3 + 1e-3
+    zero = None if symmetric else torch.randint(-9, 10, (shape[0],), dtype=torch.int32, device=device)
+    return Weight8(shape[1], codes, scale, zero, codes.sum(1, dtype=torch.int32))
+
+
+def copies(weight: Any, cold_bytes: int) -> list[Any]:
+    """`weight`, a TritonWeight or Weight8, and as many copies of it as exceed `cold_bytes`."""
+    tensors = {name: value for name, value in weight.__dict__.items() if isinstance(value, Tensor)}
     again = range(cold_bytes // weight.bytes)
-    return [weight] + [
-        TritonWeight(**{k: v.clone() if isinstance(v, Tensor) else v for k, v in fields.items()}) for _ in again
-    ]
+    return [weight] + [replace(weight, **{name: value.clone() for name, value in tensors.items()}) for _ in again]
 
 
 def ours(name: str, weight: TritonWeight, cold_bytes: int) -> Candidate:
     def product(one: TritonWeight) -> Product:
         return lambda x: linear(x, one)
 
-    return Candidate(name, weight.bytes, [product(one) for one in copies(weight, cold_bytes)])
+    products = [product(one) for one in copies(weight, cold_bytes)]
+    return Candidate(name, weight.bytes, products, lambda: dequantize(weight, torch.float32))
+
+
+def eight_bits(shape: tuple[int, int], cold_bytes: int, device: torch.device) -> Iterator[Candidate]:
+    """Inputs quantized to int8, or e4m3, token by token, and multiplied as that; and PyTorch's product of e4m3."""
+
+    def int8(one: Weight8, spec: ActivationSpec) -> Product:
+        return lambda x: int8_linear(x, one, None, spec, None)
+
+    def e4m3(one: Weight8) -> Product:
+        return lambda x: e4m3_linear(x, one)
+
+    def scaled_mm(one: Weight8) -> Product:
+        def product(x: Tensor) -> Tensor:
+            tokens = quantize_e4m3(x, None, one.padded)
+            scales = tokens.scale[:, None], one.scale[None]
+            return torch._scaled_mm(tokens.codes, one.codes.t(), *scales, out_dtype=torch.bfloat16)
+
+        return product
+
+    for name, spec in INT8.items():
+        weight = random_weight8(shape, device, spec.symmetric)
+        products = [int8(one, spec) for one in copies(weight, cold_bytes)]
+        yield Candidate(f"{name} int8", weight.bytes, products, weight.dequantize)
+    weight = Weight8.e4m3(torch.randn(shape, device=device))
+    yield Candidate("w8a8 e4m3", weight.bytes, [e4m3(one) for one in copies(weight, cold_bytes)], weight.dequantize)
+    if device.type == "cuda":
+        again = [scaled_mm(one) for one in copies(weight, cold_bytes)]
+        yield Candidate("w8a8 e4m3 scaled_mm", weight.bytes, again)
 
 
 def dense(weight: Tensor, cold_bytes: int, name: str = "bf16 cuBLAS") -> Candidate:
@@ -217,13 +262,13 @@ def report(
     dtype, failures = torch.bfloat16 if device.type == "cuda" else torch.float16, set[str]()
     weight = torch.randn(shape[1], shape[0], dtype=dtype, device=device)
     baseline = dense(weight, cold_bytes)
-    made = {name: random_weight((shape[1], shape[0]), *kind, device) for name, kind in FORMATS.items()}
-    candidates: list[Callable[[], Candidate]] = [lambda n=n, w=w: ours(n, w, cold_bytes) for n, w in made.items()]
-    candidates += [lambda c=c: c for c in peers(weight, cold_bytes, failures)]
-    for make in candidates:
-        candidate = make()
-        exact = None if candidate.name not in made else dequantize(made[candidate.name], torch.float32).double()
-        for batch in batches:
+    sizes = (shape[1], shape[0])
+    packed = (ours(name, random_weight(sizes, *kind, device), cold_bytes) for name, kind in FORMATS.items())
+    # One after the other: the copies of all would not fit.
+    for candidate in chain(packed, eight_bits(sizes, cold_bytes, device), peers(weight, cold_bytes, failures)):
+        exact = None if candidate.decoded is None else candidate.decoded().double()
+        large = LARGE_BATCHES if candidate.name.startswith("w8a8") and len(batches) > 2 else ()
+        for batch in (*batches, *large):
             x = torch.randn(batch, shape[0], dtype=dtype, device=device)
             try:
                 found = candidate.products[0](x)

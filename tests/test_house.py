@@ -20,7 +20,7 @@ FLOORS = [
     {"recipe"},
     {"rows"},
     {"budget"},
-    {"plan", "inspect", "generate", "bench"},
+    {"plan", "inspect", "generate", "bench", "bench_cuda"},
     {"journey", "evaluate", "shares", "prepare", "export"},
     {"walk", "machine"},
     {"pipeline"},

@@ -4,6 +4,10 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 #include "pool.hpp"
 #include "scratch.hpp"
 
@@ -14,6 +18,9 @@ const MatmulKernels& matmul_kernels_baseline();
 const MatmulKernels& matmul_kernels_avx2();
 const MatmulKernels& matmul_kernels_avx512();
 const MatmulKernels& matmul_kernels_avx512vnni();
+#elif defined(__aarch64__)
+const MatmulKernels& matmul_kernels_neon();
+const MatmulKernels& matmul_kernels_neondotprod();
 #endif
 
 namespace {
@@ -34,24 +41,29 @@ struct Blocks {
     while (power < rows - block * size && power < size) power *= 2;
     return power;
   }
+  std::int64_t covered() const { return (count() - 1) * size + mr(count() - 1); }
   int valid(std::int64_t block) const { return static_cast<int>(std::min<std::int64_t>(size, rows - block * size)); }
 };
 
-// One call's inputs, packed, and where they are: floats in blocks [padded columns][mr], and int8 likewise.
+// One call's inputs, packed, and where they are: floats in blocks [padded columns][mr], and int8 likewise, in blocks of
+// their own.
 struct Inputs {
-  Blocks blocks;
+  Blocks blocks;        // of int8, or of floats where weights are floats
+  Blocks float_blocks;  // of floats
   float* floats = nullptr;
   std::int8_t* codes = nullptr;
   float* steps = nullptr;
   float* sums = nullptr;
 
-  const float* block_floats(const PackedMatrix& w, std::int64_t block) const {
-    return floats + block * blocks.size * w.chunks * CHUNK;
+  float* block_floats(const PackedMatrix& w, std::int64_t block) const {
+    return floats + block * float_blocks.size * w.chunks * CHUNK;
   }
   Quantized quantized(const PackedMatrix& w, std::int64_t block) const {
     const std::int64_t first = block * blocks.size;
     return {codes + first * w.chunks * CHUNK, steps + first * w.chunks, sums + first * w.padded_groups};
   }
+  // Rows of y that any block covers.
+  std::int64_t height() const { return std::max(blocks.count() * blocks.size, float_blocks.covered()); }
 };
 
 // What a worker needs for a batch of tiles.
@@ -59,7 +71,7 @@ struct Workspace {
   float* scale;    // [BATCH][padded groups][TILE]
   float* zero;     // the same
   float* weights;  // [BATCH], a panel each
-  float* y;        // [BATCH][blocks * size][TILE]
+  float* y;        // [BATCH][height][TILE]
 };
 
 struct Call {
@@ -70,15 +82,17 @@ struct Call {
   std::int64_t first_row;  // of task.x, in this part
 };
 
-void prepare_block(const Call& call, std::int64_t block) {
-  const Blocks& blocks = call.inputs.blocks;
-  const float* x = call.task.x + (call.first_row + block * blocks.size) * call.w.in;
-  const int rows = blocks.valid(block), mr = blocks.mr(block);
-  if (call.inputs.floats != nullptr) {
-    call.kernels.pack(call.w, x, rows, mr, call.inputs.floats + block * blocks.size * call.w.chunks * CHUNK);
+// Block `index` of each kind, as far as there are.
+void prepare_block(const Call& call, std::int64_t index) {
+  const Inputs& inputs = call.inputs;
+  const float* x = call.task.x + call.first_row * call.w.in;
+  if (const Blocks& blocks = inputs.float_blocks; inputs.floats != nullptr && index < blocks.count()) {
+    call.kernels.pack(call.w, x + index * blocks.size * call.w.in, blocks.valid(index), blocks.mr(index),
+                      inputs.block_floats(call.w, index));
   }
-  if (call.inputs.codes != nullptr) {
-    call.kernels.quantize(call.w, x, rows, mr, call.inputs.quantized(call.w, block));
+  if (const Blocks& blocks = inputs.blocks; inputs.codes != nullptr && index < blocks.count()) {
+    call.kernels.quantize(call.w, x + index * blocks.size * call.w.in, blocks.valid(index), blocks.mr(index),
+                          inputs.quantized(call.w, index));
   }
 }
 
@@ -111,7 +125,7 @@ void add_outliers(const PackedMatrix& w, std::int64_t tile, std::int64_t panel, 
 void exact_tiles(const Call& call, std::int64_t first, std::int64_t end, const Workspace& space) {
   const PackedMatrix& w = call.w;
   const Blocks& blocks = call.inputs.blocks;
-  const std::int64_t height = blocks.count() * blocks.size, grid = w.padded_groups * TILE;
+  const std::int64_t height = call.inputs.height(), grid = w.padded_groups * TILE;
   std::fill(space.y, space.y + (end - first) * height * TILE, 0.0f);
   for (std::int64_t tile = first; tile < end; ++tile) {
     call.kernels.expand_grid(w, tile, space.scale + (tile - first) * grid, space.zero + (tile - first) * grid);
@@ -144,10 +158,13 @@ void exact_tiles(const Call& call, std::int64_t first, std::int64_t end, const W
 
 void fast_tiles(const Call& call, std::int64_t first, std::int64_t end, const Workspace& space) {
   const PackedMatrix& w = call.w;
-  const Blocks& blocks = call.inputs.blocks;
-  const std::int64_t height = blocks.count() * blocks.size, grid = w.padded_groups * TILE;
+  const Blocks &blocks = call.inputs.blocks, &float_blocks = call.inputs.float_blocks;
+  const std::int64_t height = call.inputs.height(), grid = w.padded_groups * TILE;
   for (std::int64_t tile = first; tile < end; ++tile) {
     call.kernels.expand_grid(w, tile, space.scale + (tile - first) * grid, space.zero + (tile - first) * grid);
+    // Outliers are multiplied by more rows than the codes write.
+    float* y = space.y + (tile - first) * height * TILE;
+    std::fill(y + blocks.covered() * TILE, y + height * TILE, 0.0f);
   }
   for (std::int64_t block = 0; block < blocks.count(); ++block) {
     const Quantized x = call.inputs.quantized(w, block);
@@ -156,9 +173,13 @@ void fast_tiles(const Call& call, std::int64_t first, std::int64_t end, const Wo
       const float *scale = space.scale + (tile - first) * grid, *zero = space.zero + (tile - first) * grid;
       float* y = space.y + ((tile - first) * height + block * blocks.size) * TILE;
       call.kernels.multiply_codes(w, tile, scale, zero, x, mr, y);
-      if (w.outlier_start != nullptr) {
-        call.kernels.multiply_outliers(w, tile, call.inputs.block_floats(w, block), mr, y);
-      }
+    }
+  }
+  for (std::int64_t block = 0; w.outlier_start != nullptr && block < float_blocks.count(); ++block) {
+    const float* x = call.inputs.block_floats(w, block);
+    for (std::int64_t tile = first; tile < end; ++tile) {
+      float* y = space.y + ((tile - first) * height + block * float_blocks.size) * TILE;
+      call.kernels.multiply_outliers(w, tile, x, float_blocks.mr(block), y);
     }
   }
   for (std::int64_t tile = first; tile < end; ++tile) store_tile(call, tile, space.y + (tile - first) * height * TILE);
@@ -171,9 +192,10 @@ void multiply_part(const PackedMatrix& w, const MatmulTask& task, const MatmulKe
   static thread_local Scratch<std::int8_t> codes;
   static thread_local std::vector<Scratch<float>> of_workers;
 
-  Call call{w, task, kernels, {{rows, task.fast ? kernels.fast_rows : kernels.exact_rows}}, first};
-  const Blocks blocks = call.inputs.blocks;
-  const std::int64_t height = blocks.count() * blocks.size, padded = w.chunks * CHUNK;
+  const Blocks blocks{rows, task.fast ? kernels.fast_rows : kernels.exact_rows};
+  const Blocks float_blocks = task.fast ? Blocks{rows, OUTLIER_ROWS} : blocks;
+  Call call{w, task, kernels, {blocks, float_blocks}, first};
+  const std::int64_t height = call.inputs.height(), padded = w.chunks * CHUNK;
   if (!task.fast || w.outlier_start != nullptr) call.inputs.floats = floats.get(height * padded);
   if (task.fast) {
     call.inputs.codes = codes.get(height * padded);
@@ -205,6 +227,20 @@ void multiply_part(const PackedMatrix& w, const MatmulTask& task, const MatmulKe
   run_tasks(tasks, threads, tiles);
 }
 
+#if defined(__aarch64__)
+// Whether the processor has SDOT (FEAT_DotProd), which not all systems tell.
+bool has_dot_products() {
+#if defined(__linux__)
+  constexpr unsigned long ASIMDDP = 1ul << 20;
+  return (getauxval(AT_HWCAP) & ASIMDDP) != 0;
+#elif defined(__APPLE__)
+  return true;
+#else
+  return false;
+#endif
+}
+#endif
+
 }  // namespace
 
 MatmulIsa best_matmul_isa() {
@@ -215,8 +251,12 @@ MatmulIsa best_matmul_isa() {
   if (avx512) return MatmulIsa::avx512;
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("f16c")) return MatmulIsa::avx2;
-#endif
   return MatmulIsa::baseline;
+#elif defined(__aarch64__)
+  return has_dot_products() ? MatmulIsa::neondotprod : MatmulIsa::neon;
+#else
+  return MatmulIsa::baseline;
+#endif
 }
 
 const MatmulKernels& matmul_kernels(MatmulIsa isa) {
@@ -224,6 +264,9 @@ const MatmulKernels& matmul_kernels(MatmulIsa isa) {
   if (isa == MatmulIsa::avx512vnni) return matmul_kernels_avx512vnni();
   if (isa == MatmulIsa::avx512) return matmul_kernels_avx512();
   if (isa == MatmulIsa::avx2) return matmul_kernels_avx2();
+#elif defined(__aarch64__)
+  if (isa == MatmulIsa::neondotprod) return matmul_kernels_neondotprod();
+  if (isa == MatmulIsa::neon) return matmul_kernels_neon();
 #endif
   (void)isa;
   return matmul_kernels_baseline();

@@ -22,6 +22,8 @@ constexpr int QUAD_BYTES = 64;
 // the first-level cache holds a batch of tiles' and a block of x.
 constexpr int PANEL_CHUNKS = 4;
 constexpr int PANEL_COLUMNS = PANEL_CHUNKS * CHUNK;
+// Largest block of x that outliers are multiplied by, where weights are not taken as floats.
+constexpr int OUTLIER_ROWS = 16;
 
 // What scales and zeros are stored as, [tiles][groups][TILE] each.
 //   levels: one byte a group and lane, scale code + 16 * zero code; statistics float16 [tiles][groups][4] as
@@ -86,11 +88,18 @@ struct MatmulKernels {
   // y [mr][TILE] = the product with all of a tile's codes, without outliers.
   void (*multiply_codes)(const PackedMatrix& matrix, std::int64_t tile, const float* scale, const float* zero,
                          const Quantized& x, int mr, float* y);
-  // y [mr][TILE] += a tile's outliers times x, packed as floats.
+  // y [mr][TILE] += a tile's outliers times x, packed as floats; mr is up to OUTLIER_ROWS.
   void (*multiply_outliers)(const PackedMatrix& matrix, std::int64_t tile, const float* x, int mr, float* y);
 };
 
+// In rising order of speed: what runs on one runs on all after it.
+#if defined(__aarch64__)
+enum class MatmulIsa : int { baseline, neon, neondotprod };
+constexpr const char* MATMUL_ISA_NAMES[] = {"baseline", "neon", "neondotprod"};
+#else
 enum class MatmulIsa : int { baseline, avx2, avx512, avx512vnni };
+constexpr const char* MATMUL_ISA_NAMES[] = {"baseline", "avx2", "avx512", "avx512vnni"};
+#endif
 
 MatmulIsa best_matmul_isa();
 const MatmulKernels& matmul_kernels(MatmulIsa isa);

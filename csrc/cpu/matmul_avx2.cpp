@@ -22,6 +22,10 @@ struct Avx2 {
   static BITWRIGHT_FORCE Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
   static BITWRIGHT_FORCE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
   static BITWRIGHT_FORCE Floats fnma(Floats a, Floats b, Floats c) { return _mm256_fnmadd_ps(a, b, c); }
+  template <int I>
+  static BITWRIGHT_FORCE Floats fma_of(Floats a, const float* inputs, Floats c) {
+    return fma(a, set(inputs[I]), c);
+  }
 
   static BITWRIGHT_FORCE float half(std::uint16_t stored) { return _cvtsh_ss(stored); }
   static BITWRIGHT_FORCE Floats halves(const std::uint16_t* from) {
@@ -47,6 +51,10 @@ struct Avx2 {
   }
   static BITWRIGHT_FORCE Codes mask(Codes codes, int byte) {
     return _mm256_and_si256(codes, _mm256_set1_epi8(static_cast<char>(byte)));
+  }
+  template <int FIRST, int COUNT>
+  static BITWRIGHT_FORCE Codes field(Codes codes) {
+    return mask(shift<FIRST>(codes), (1 << COUNT) - 1);
   }
   static BITWRIGHT_FORCE Codes merge(Codes first, Codes second, int byte) {
     return _mm256_or_si256(first, mask(second, byte));
@@ -93,9 +101,10 @@ struct Avx2::Sum {
   static BITWRIGHT_FORCE __m256i widened(__m256i pairs, short factor) {
     return _mm256_madd_epi16(pairs, _mm256_set1_epi16(factor));
   }
+  template <int I>
   BITWRIGHT_FORCE void add(Codes codes, const std::int8_t* x) {
     std::int32_t four;
-    std::memcpy(&four, x, 4);
+    std::memcpy(&four, x + 4 * I, 4);
     const __m256i inputs = _mm256_set1_epi32(four);
     if constexpr (BITS <= 4) {
       value = _mm256_add_epi16(value, _mm256_maddubs_epi16(codes, inputs));

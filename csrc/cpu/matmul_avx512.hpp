@@ -22,6 +22,10 @@ struct Avx512 {
   static BITWRIGHT_FORCE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static BITWRIGHT_FORCE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static BITWRIGHT_FORCE Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
+  template <int I>
+  static BITWRIGHT_FORCE Floats fma_of(Floats a, const float* inputs, Floats c) {
+    return fma(a, set(inputs[I]), c);
+  }
 
   static BITWRIGHT_FORCE float half(std::uint16_t stored) { return _cvtsh_ss(stored); }
   static BITWRIGHT_FORCE Floats halves(const std::uint16_t* from) {
@@ -45,6 +49,10 @@ struct Avx512 {
   }
   static BITWRIGHT_FORCE Codes mask(Codes codes, int byte) {
     return _mm512_and_si512(codes, _mm512_set1_epi32(byte * 0x01010101));
+  }
+  template <int FIRST, int COUNT>
+  static BITWRIGHT_FORCE Codes field(Codes codes) {
+    return mask(shift<FIRST>(codes), (1 << COUNT) - 1);
   }
   static BITWRIGHT_FORCE Codes merge(Codes first, Codes second, int byte) {
     // first | (second & byte)
@@ -83,9 +91,10 @@ template <int BITS>
 struct Avx512::Sum {
   __m512i value = _mm512_setzero_si512();
 
+  template <int I>
   BITWRIGHT_FORCE void add(Codes codes, const std::int8_t* x) {
     std::int32_t four;
-    std::memcpy(&four, x, 4);
+    std::memcpy(&four, x + 4 * I, 4);
     value = _mm512_dpbusd_epi32(value, codes, _mm512_set1_epi32(four));
   }
   BITWRIGHT_FORCE Floats floats() const { return _mm512_cvtepi32_ps(value); }
@@ -99,9 +108,10 @@ struct Avx512::Sum {
   static BITWRIGHT_FORCE __m512i widened(__m512i pairs, short factor) {
     return _mm512_madd_epi16(pairs, _mm512_set1_epi16(factor));
   }
+  template <int I>
   BITWRIGHT_FORCE void add(Codes codes, const std::int8_t* x) {
     std::int32_t four;
-    std::memcpy(&four, x, 4);
+    std::memcpy(&four, x + 4 * I, 4);
     const __m512i inputs = _mm512_set1_epi32(four);
     if constexpr (BITS <= 4) {
       value = _mm512_add_epi16(value, _mm512_maddubs_epi16(codes, inputs));

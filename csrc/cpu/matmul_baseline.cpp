@@ -28,6 +28,10 @@ struct Baseline {
   static BITWRIGHT_FORCE Floats mul(Floats a, Floats b) { return a * b; }
   static BITWRIGHT_FORCE Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
   static BITWRIGHT_FORCE Floats fnma(Floats a, Floats b, Floats c) { return c - a * b; }
+  template <int I>
+  static BITWRIGHT_FORCE Floats fma_of(Floats a, const float* inputs, Floats c) {
+    return fma(a, set(inputs[I]), c);
+  }
 
   static BITWRIGHT_FORCE float half(std::uint16_t stored) {
     // The exponent moves from a bias of 15 to one of 127; the product makes subnormal halves normal.
@@ -56,6 +60,10 @@ struct Baseline {
   static BITWRIGHT_FORCE Codes mask(Codes codes, int byte) {
     return codes & (static_cast<unsigned>(byte) * 0x01010101u);
   }
+  template <int FIRST, int COUNT>
+  static BITWRIGHT_FORCE Codes field(Codes codes) {
+    return mask(shift<FIRST>(codes), (1 << COUNT) - 1);
+  }
   static BITWRIGHT_FORCE Codes merge(Codes first, Codes second, int byte) { return first | mask(second, byte); }
   template <int J>
   static BITWRIGHT_FORCE Floats byte_floats(Codes codes) {
@@ -69,10 +77,11 @@ struct Baseline {
   template <int BITS>
   struct Sum {
     Integers value{};
+    template <int I>
     BITWRIGHT_FORCE void add(Codes codes, const std::int8_t* x) {
       unrolled<4>([&](auto j) __attribute__((always_inline)) {
         constexpr int J = decltype(j)::value;
-        value += (Integers)((codes >> (8 * J)) & 255u) * static_cast<std::int32_t>(x[J]);
+        value += (Integers)((codes >> (8 * J)) & 255u) * static_cast<std::int32_t>(x[4 * I + J]);
       });
     }
     BITWRIGHT_FORCE Floats floats() const { return __builtin_convertvector(value, Floats); }

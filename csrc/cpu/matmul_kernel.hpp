@@ -3,13 +3,16 @@
 // called, lest the linker keep one instruction set's copy of a shared function for all.
 //
 // V has LANES (a divisor of TILE), FAST_ROWS, EXACT_ROWS, and static functions on
-//   Floats, LANES floats: zero, set, load, store, add, mul, sub, fma (a * b + c), fnma (c - a * b)
-//   Codes, four bytes for every lane: load, shift<n> (each lane right by n bits, left if negative), mask (and with a
-//   byte in all places), merge (first or second-and-byte), byte_floats<j> (byte j of every lane), halves, bytes,
-//   nibbles (floats from memory)
-//   Sum<bits>, integer sums of codes times int8: add(codes, four inputs), floats()
+//   Floats, LANES floats: zero, set, load, store, add, mul, sub, fma (a * b + c), fnma (c - a * b), fma_of<i>
+//   (a * b[i] + c, where b has all floats up to the next multiple of four)
+//   Codes, four bytes for every lane: load, shift<n> (each lane or byte right by n bits, left if negative),
+//   field<first, n> (n bits of every byte), merge (first or second-and-byte, whose bits first has none of),
+//   byte_floats<j> (byte j of every lane), halves, bytes, nibbles (floats from memory)
+//   Sum<bits>, integer sums of codes times int8: add<i>(codes, x) (four inputs at x + 4 * i, with those up to the next
+//   multiple of sixteen), floats()
 //   quantize, one chunk of inputs in int8 (matmul_inputs.hpp has it in plain C++), and half, one float16
 #include "matmul_inputs.hpp"
+#include "matmul_outliers.hpp"
 
 namespace bitwright {
 namespace {
@@ -33,11 +36,15 @@ BITWRIGHT_FORCE typename V::Codes quad_codes(const std::uint8_t* lines) {
     constexpr int THIRD = SECOND + (BITS & 2);  // of that of 1 bit
     Codes code{};
     if constexpr ((BITS & 4) != 0) {
-      code = V::mask(V::template shift<QUAD % 2 * 4>(V::load(lines + QUAD / 2 * QUAD_BYTES)), 15);
+      code = V::template field<QUAD % 2 * 4, 4>(V::load(lines + QUAD / 2 * QUAD_BYTES));
     }
     if constexpr ((BITS & 2) != 0) {
-      const Codes bits = V::template shift<QUAD % 4 * 2 - SECOND>(V::load(lines + (SECOND + QUAD / 4) * QUAD_BYTES));
-      code = SECOND == 0 ? V::mask(bits, 3) : V::merge(code, bits, 3 << SECOND);
+      const Codes line = V::load(lines + (SECOND + QUAD / 4) * QUAD_BYTES);
+      if constexpr (SECOND == 0) {
+        code = V::template field<QUAD % 4 * 2, 2>(line);
+      } else {
+        code = V::merge(code, V::template shift<QUAD % 4 * 2 - SECOND>(line), 3 << SECOND);
+      }
     }
     if constexpr ((BITS & 1) != 0) {
       const Codes bits = V::template shift<QUAD - THIRD>(V::load(lines + THIRD * QUAD_BYTES));
@@ -135,10 +142,9 @@ void multiply_panel_rows(const float* weights, int columns, const float* x, floa
       unrolled<SPLIT>([&](auto part) __attribute__((always_inline)) {
         constexpr int PART = decltype(part)::value;
         const Floats weight = V::load(weights + (column + PART) * TILE + lane);
-        const float* inputs = x + (column + PART) * MR;
         unrolled<MR>([&](auto m) __attribute__((always_inline)) {
           constexpr int M = decltype(m)::value;
-          sums[PART][M] = V::fma(weight, V::set(inputs[M]), sums[PART][M]);
+          sums[PART][M] = V::template fma_of<PART * MR + M>(weight, x + column * MR, sums[PART][M]);
         });
       });
     }
@@ -165,9 +171,8 @@ void multiply_panel_pair(const float* weights, std::int64_t weights_stride, int 
         const Floats one = V::load(from), two = V::load(from + weights_stride);
         unrolled<ROWS>([&](auto m) __attribute__((always_inline)) {
           constexpr int M = decltype(m)::value;
-          const Floats input = V::set(inputs[M]);
-          sums[0][M] = V::fma(one, input, sums[0][M]);
-          sums[1][M] = V::fma(two, input, sums[1][M]);
+          sums[0][M] = V::template fma_of<M>(one, inputs, sums[0][M]);
+          sums[1][M] = V::template fma_of<M>(two, inputs, sums[1][M]);
         });
       }
       for (int tile = 0; tile < 2; ++tile) {
@@ -187,7 +192,8 @@ BITWRIGHT_FORCE void add_quads(const std::uint8_t* lines, const std::int8_t* x,
     constexpr int QUAD = FIRST + decltype(index)::value;
     const typename V::Codes codes = quad_codes<V, BITS, QUAD>(lines);
     unrolled<MR>([&](auto m) __attribute__((always_inline)) {
-      sums[decltype(m)::value].add(codes, x + (QUAD * MR + decltype(m)::value) * 4);
+      constexpr int M = decltype(m)::value;
+      sums[M].template add<QUAD * MR + M>(codes, x);
     });
   });
 }
@@ -272,32 +278,6 @@ void multiply_codes_sizes(const PackedMatrix& w, std::int64_t tile, const float*
   }
 }
 
-// --- outliers ----------------------------------------------------------------------------------------------------
-
-// Sums over outliers in `kept` [TILE][MR], so that each takes one vector of inputs; then added to y [MR][TILE].
-template <int MR>
-void multiply_outliers_rows(const PackedMatrix& w, std::int64_t tile, const float* x, float* y) {
-  typedef float Inputs __attribute__((vector_size(4 * MR)));
-  alignas(64) float kept[TILE * MR] = {};
-  for (std::int64_t panel = 0; panel < w.panels; ++panel, x += PANEL_COLUMNS * MR) {
-    const std::int32_t* start = w.outlier_start + tile * w.panels + panel;
-    for (std::int32_t i = start[0]; i < start[1]; ++i) {
-      const unsigned place = w.outlier_place[i];
-      const float value = w.outlier_value[i];
-      const float* from = x + place / TILE * MR;
-      float* to = kept + place % TILE * MR;
-      Inputs input, sum;
-      std::memcpy(&input, from, sizeof input);
-      std::memcpy(&sum, to, sizeof sum);
-      sum += input * value;
-      std::memcpy(to, &sum, sizeof sum);
-    }
-  }
-  for (int m = 0; m < MR; ++m) {
-    for (int lane = 0; lane < TILE; ++lane) y[m * TILE + lane] += kept[lane * MR + m];
-  }
-}
-
 // --- the table ---------------------------------------------------------------------------------------------------
 
 // body(integral_constant) for a number of bits, 2 to 8.
@@ -346,7 +326,7 @@ void multiply_codes(const PackedMatrix& w, std::int64_t tile, const float* scale
 
 template <class V>
 void multiply_outliers(const PackedMatrix& w, std::int64_t tile, const float* x, int mr, float* y) {
-  with_rows<V::FAST_ROWS>(mr, [&](auto rows) { multiply_outliers_rows<decltype(rows)::value>(w, tile, x, y); });
+  with_rows<OUTLIER_ROWS>(mr, [&](auto rows) { multiply_outliers_rows<V, decltype(rows)::value>(w, tile, x, y); });
 }
 
 template <class V>

@@ -4,8 +4,10 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 
 #include "columns.hpp"
+#include "decode.hpp"
 #include "matmul.hpp"
 
 namespace nb = nanobind;
@@ -89,12 +91,19 @@ void refine_codes(const nb::tuple& tensors, const nb::tuple& grid, const nb::tup
   bitwright::refine_codes(task, how.isa, how.threads);
 }
 
-constexpr const char* MATMUL_ISA_NAMES[] = {"baseline", "avx2", "avx512", "avx512vnni"};
+using bitwright::MATMUL_ISA_NAMES;
 
 nb::list matmul_isas() {
   nb::list names;
   for (int isa = 0; isa <= static_cast<int>(bitwright::best_matmul_isa()); ++isa) names.append(MATMUL_ISA_NAMES[isa]);
   return names;
+}
+
+bitwright::MatmulIsa matmul_isa_of(const std::string& name) {
+  for (int isa = 0; isa <= static_cast<int>(bitwright::best_matmul_isa()); ++isa) {
+    if (name == MATMUL_ISA_NAMES[isa]) return static_cast<bitwright::MatmulIsa>(isa);
+  }
+  throw nb::value_error("the instruction set is not one of matmul_isas()");
 }
 
 // One repacked weight. It owns no memory: Python keeps the tensors alive whose addresses it holds.
@@ -118,12 +127,7 @@ class Matrix {
     matrix_.outlier_place = at<const std::uint16_t>(nb::cast<Address>(tensors[5]));
     matrix_.outlier_value = at<const float>(nb::cast<Address>(tensors[6]));
     bitwright::complete(matrix_);
-    for (int index = 0; index <= static_cast<int>(bitwright::best_matmul_isa()); ++index) {
-      if (isa == MATMUL_ISA_NAMES[index]) isa_ = static_cast<bitwright::MatmulIsa>(index);
-    }
-    if (isa != MATMUL_ISA_NAMES[static_cast<int>(isa_)]) {
-      throw nb::value_error("the instruction set is not one of matmul_isas()");
-    }
+    isa_ = matmul_isa_of(isa);
   }
 
   // Fills `codes`, the tensor given to the constructor, from int32 words [out, row_words].
@@ -142,15 +146,83 @@ class Matrix {
     bitwright::decode_rows(matrix_, at<const std::int64_t>(rows), count, at<float>(weights), isa_);
   }
 
+  const bitwright::PackedMatrix& packed() const { return matrix_; }
+
  private:
   bitwright::PackedMatrix matrix_{};
   bitwright::MatmulIsa isa_ = bitwright::MatmulIsa::baseline;
 };
 
+// (Matrix or None, address of float weights or 0, bias or 0, out, in) as Python's tuple.
+bitwright::DecodeLinear decode_linear(nb::handle given) {
+  const auto linear = nb::cast<nb::tuple>(given);
+  const auto dense = at<const float>(nb::cast<Address>(linear[1]));
+  if (linear[0].is_none() == (dense == nullptr)) throw nb::value_error("a linear is packed or has float weights");
+  return {dense == nullptr ? nb::cast<const Matrix&>(linear[0]).packed() : bitwright::PackedMatrix{}, dense,
+          at<const float>(nb::cast<Address>(linear[2])), nb::cast<std::int64_t>(linear[3]),
+          nb::cast<std::int64_t>(linear[4])};
+}
+
+bitwright::DecodeProduct decode_product(nb::handle given) {
+  bitwright::DecodeProduct product;
+  for (nb::handle linear : nb::cast<nb::tuple>(given)) product.push_back(decode_linear(linear));
+  return product;
+}
+
+// A model laid out for decoding. As Matrix it owns no memory.
+class Decoder {
+ public:
+  // sizes: (hidden, heads, kv heads, head_dim, intermediate, max_length); numbers: (eps, scaling); tables: (cos, sin,
+  // final norm, keys, values); ends: (embedding, head); blocks: (input norm, query norm or 0, key norm or 0, post norm,
+  // qkv, output, gate_up, down) each. A head is a product, as the last four are: a tuple of linears.
+  Decoder(const nb::tuple& sizes, const nb::tuple& numbers, const nb::tuple& tables, const nb::tuple& ends,
+          const nb::tuple& blocks, const std::string& isa)
+      : decoder_(model_of(sizes, numbers, tables, ends, blocks, isa)) {}
+
+  void step(std::int64_t token, std::int64_t position, Address logits, bool fast, int threads) {
+    nb::gil_scoped_release released;
+    decoder_.step(token, position, at<float>(logits), {fast, threads});
+  }
+
+  void finish(Address hidden, Address logits, bool fast, int threads) {
+    nb::gil_scoped_release released;
+    decoder_.finish(at<const float>(hidden), at<float>(logits), {fast, threads});
+  }
+
+ private:
+  static bitwright::DecodeModel model_of(const nb::tuple& sizes, const nb::tuple& numbers, const nb::tuple& tables,
+                                         const nb::tuple& ends, const nb::tuple& blocks, const std::string& isa) {
+    bitwright::DecodeModel model{};
+    std::int64_t* const fields[] = {&model.hidden,   &model.heads,        &model.kv_heads,
+                                    &model.head_dim, &model.intermediate, &model.max_length};
+    for (std::size_t i = 0; i < 6; ++i) *fields[i] = nb::cast<std::int64_t>(sizes[i]);
+    model.eps = nb::cast<float>(numbers[0]);
+    model.scaling = nb::cast<float>(numbers[1]);
+    model.cos = at<const float>(nb::cast<Address>(tables[0]));
+    model.sin = at<const float>(nb::cast<Address>(tables[1]));
+    model.final_norm = at<const float>(nb::cast<Address>(tables[2]));
+    model.keys = at<float>(nb::cast<Address>(tables[3]));
+    model.values = at<float>(nb::cast<Address>(tables[4]));
+    model.embedding = decode_linear(ends[0]);
+    model.head = decode_product(ends[1]);
+    for (nb::handle given : blocks) {
+      const auto block = nb::cast<nb::tuple>(given);
+      const auto norm = [&](std::size_t i) { return at<const float>(nb::cast<Address>(block[i])); };
+      model.blocks.push_back({norm(0), norm(1), norm(2), norm(3), decode_product(block[4]), decode_product(block[5]),
+                              decode_product(block[6]), decode_product(block[7])});
+    }
+    model.isa = matmul_isa_of(isa);
+    return model;
+  }
+
+  bitwright::Decoder decoder_;
+};
+
 }  // namespace
 
 NB_MODULE(_native, module) {
-  module.doc() = "Compiled kernels of bitwright. Internal: rounding.columns and runtime.cpu check what they pass.";
+  module.doc() =
+      "Compiled kernels of bitwright. Internal: rounding.columns, runtime.cpu and runtime.decode check what they pass.";
   // Raised with every change of a signature or of the arithmetic, so that a stale build is noticed.
   module.attr("INTERFACE") = 1;
   module.def("isas", &isas);
@@ -164,4 +236,11 @@ NB_MODULE(_native, module) {
       .def("repack", &Matrix::repack)
       .def("multiply", &Matrix::multiply)
       .def("decode_rows", &Matrix::decode_rows);
+  // As INTERFACE, for bitwright.runtime.decode, with the sizes of the cache's layout.
+  module.attr("DECODE_INTERFACE") = nb::make_tuple(1, bitwright::KEY_TILE, bitwright::padded_head(1));
+  nb::class_<Decoder>(module, "Decoder")
+      .def(nb::init<const nb::tuple&, const nb::tuple&, const nb::tuple&, const nb::tuple&, const nb::tuple&,
+                    const std::string&>())
+      .def("step", &Decoder::step)
+      .def("finish", &Decoder::finish);
 }

@@ -1,5 +1,6 @@
 #include "pool.hpp"
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -20,6 +21,8 @@ namespace {
 // How often a helper looks for work before it sleeps: about half a millisecond, longer than what lies between two
 // products of a decoding model.
 constexpr int SPINS = 10000;
+// How often a caller that is done looks whether helpers are, before it lets others run.
+constexpr int PATIENCE = 2000;
 
 void relax() {
 #if defined(__x86_64__)
@@ -29,35 +32,48 @@ void relax() {
 #endif
 }
 
+// What a call consists of is written before the call is announced and read by helpers that have joined it. Joining,
+// leaving and closing are one change each of a single number, without a lock: some hundred calls make up a token.
 class Pool {
  public:
   // One caller at a time holds the helpers.
   std::mutex caller;
 
   void run(std::int64_t tasks, int threads, PoolWork work, void* context) {
+    threads = std::min(threads, MOST_THREADS);
     while (helpers_ < threads - 1 && start_helper()) {
     }
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      work_ = work;
-      context_ = context;
-      tasks_ = tasks;
-      places_ = threads - 1;
-      joined_ = 0;
-      next_.store(0, std::memory_order_relaxed);
-      calls_.fetch_add(1, std::memory_order_release);
+    work_ = work;
+    context_ = context;
+    tasks_ = tasks;
+    next_.store(0, std::memory_order_relaxed);
+    const std::uint64_t number = call_of(state_.load(std::memory_order_relaxed)) + 1;
+    state_.store(number << CALL | static_cast<std::uint64_t>(threads - 1) << PLACES);
+    if (sleeping_.load() > 0) {
+      // A helper that is about to sleep does so, and then hears of it.
+      mutex_.lock();
+      mutex_.unlock();
+      wake_.notify_all();
     }
-    if (sleeping_.load() > 0) wake_.notify_all();
     drain(0);
-    {
-      // From here on no helper begins.
-      const std::lock_guard<std::mutex> lock(mutex_);
-      places_ = 0;
+    // From here on no helper begins.
+    state_.fetch_and(~(MASK << PLACES));
+    for (int spin = 0; active_of(state_.load(std::memory_order_acquire)) > 0; ++spin) {
+      // A helper this late may be waiting for this very processor.
+      spin < PATIENCE ? relax() : std::this_thread::yield();
     }
-    while (active_.load(std::memory_order_acquire) > 0) relax();
   }
 
  private:
+  // The parts of `state_`: number of the call (above), places left in it, helpers at work on it.
+  static constexpr int CALL = 32, PLACES = 16;
+  static constexpr std::uint64_t MASK = 0xffff;
+  static constexpr int MOST_THREADS = 0xffff;
+
+  static std::uint32_t call_of(std::uint64_t state) { return static_cast<std::uint32_t>(state >> CALL); }
+  static int places_of(std::uint64_t state) { return static_cast<int>(state >> PLACES & MASK); }
+  static int active_of(std::uint64_t state) { return static_cast<int>(state & MASK); }
+
   bool start_helper() {
     try {
       std::thread([this] { help(); }).detach();
@@ -73,47 +89,48 @@ class Pool {
   }
 
   [[noreturn]] void help() {
-    std::uint64_t seen = 0;
+    std::uint64_t state = 0;
     for (;;) {
-      wait_for_call(seen);
-      int worker = 0;
-      {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        seen = calls_.load();
-        if (joined_ < places_) {
-          worker = ++joined_;
-          active_.fetch_add(1);
+      state = wait_for_call(call_of(state));
+      while (places_of(state) > 0) {
+        const int worker = places_of(state);
+        // One place less, one at work more.
+        if (state_.compare_exchange_weak(state, state - (std::uint64_t{1} << PLACES) + 1)) {
+          drain(worker);
+          state_.fetch_sub(1, std::memory_order_release);
+          break;
         }
-      }
-      if (worker > 0) {
-        drain(worker);
-        active_.fetch_sub(1, std::memory_order_release);
       }
     }
   }
 
-  void wait_for_call(std::uint64_t seen) {
+  // The state, once it is that of another call than `seen`.
+  std::uint64_t wait_for_call(std::uint32_t seen) {
+    std::uint64_t state = 0;
+    const auto another = [&] {
+      state = state_.load();
+      return call_of(state) != seen;
+    };
     for (int spin = 0; spin < SPINS; ++spin) {
-      if (calls_.load(std::memory_order_acquire) != seen) return;
+      if (another()) return state;
       relax();
     }
     std::unique_lock<std::mutex> lock(mutex_);
     ++sleeping_;
-    wake_.wait(lock, [&] { return calls_.load() != seen; });
+    wake_.wait(lock, another);
     --sleeping_;
+    return state;
   }
 
-  std::mutex mutex_;  // guards what a call consists of, and who has joined it
+  // Each on its own cache line: all threads change the first two.
+  alignas(64) std::atomic<std::uint64_t> state_{0};
+  alignas(64) std::atomic<std::int64_t> next_{0};
+  alignas(64) std::mutex mutex_;  // of those that sleep
   std::condition_variable wake_;
-  std::atomic<std::uint64_t> calls_{0};
-  std::atomic<std::int64_t> next_{0};
-  std::atomic<int> active_{0};
   std::atomic<int> sleeping_{0};
   PoolWork work_ = nullptr;
   void* context_ = nullptr;
   std::int64_t tasks_ = 0;
-  int places_ = 0;
-  int joined_ = 0;
   int helpers_ = 0;  // the caller's
 };
 

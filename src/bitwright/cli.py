@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.progress import Progress
@@ -27,6 +27,7 @@ from bitwright.analyze.sections import allocation_section
 from bitwright.analyze.target import TargetOptions, quantize_to_target
 from bitwright.analyze.thresholds import breaches, parse_limit
 from bitwright.bench import bench as measure_speed
+from bitwright.bench_cuda import ComputeType, bench_cuda
 from bitwright.calibration.text import Layout
 from bitwright.errors import BitwrightError
 from bitwright.evaluate import EvalOptions
@@ -297,9 +298,22 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after it.")] = 64,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: all processors.")] = None,
     mode: Annotated[CpuMode, typer.Option(help="Arithmetic of the compiled kernels.")] = "exact",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cuda: one GPU, and its memory.")] = "cpu",
+    dtype: Annotated[ComputeType | None, typer.Option(help="Of floats on cuda; default: bfloat16.")] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Measure the speed of decoding and of prefill on this machine."""
+    if device == "cuda":
+        if threads is not None or mode != "exact":
+            raise bitwright.EvaluationError("--threads and --mode are of the CPU; leave them out with --device cuda")
+        wanted: ComputeType = "bfloat16" if dtype is None else dtype
+        measured = bench_cuda(model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, dtype=wanted)
+        for label, text in measured.lines():
+            show.console.print(f"{label:36} {text}", highlight=False, markup=False)
+        _write_json(json_file, measured.to_json())
+        return
+    if dtype is not None:
+        raise bitwright.EvaluationError("--dtype is of the GPU, the CPU computes in float32; leave it out")
     result = measure_speed(model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads, mode=mode)
     show.show_bench(result)
     _write_json(json_file, result.to_json())

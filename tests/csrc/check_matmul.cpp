@@ -33,6 +33,8 @@ const std::vector<Layout> LAYOUTS = {
     {"levels", 50, 304, 16, Kind::levels, 0.02},
     {"levels, large", 50, 160, 32, Kind::levels, 0.0},
     {"576 x 1536, tail of rows", 25, 1536, 128, Kind::symmetric_half, 0.002},
+    {"few outliers, many in one panel", 40, 1536, 16, Kind::levels, 0.002, 2},
+    {"few outliers, none in most panels", 40, 1536, 128, Kind::half_zero, 0.0002},
 };
 
 // Order of summation alone; and that of integer sums and their steps.

@@ -4,7 +4,8 @@
 #include <string>
 #include <thread>
 
-#if defined(__unix__) || defined(__APPLE__)
+// Emulators of processors lose their way in the child of a process with threads.
+#if (defined(__unix__) || defined(__APPLE__)) && !defined(WITHOUT_FORK)
 #include <sys/wait.h>
 #include <unistd.h>
 #define FORKS 1

@@ -37,6 +37,10 @@ const Call CALLS[] = {
     {"3 bits bilevel g16 fast", 3, 16, Kind::levels, 0.0, 1, true},
     {"3 bits bilevel g16 outliers exact", 3, 16, Kind::levels, 0.002, 1, false},
     {"3 bits bilevel g16 outliers fast", 3, 16, Kind::levels, 0.002, 1, true},
+    {"3 bits bilevel g16 prefill exact", 3, 16, Kind::levels, 0.0, 16, false},
+    {"3 bits bilevel g16 prefill fast", 3, 16, Kind::levels, 0.0, 16, true},
+    {"3 bits bilevel g16 outliers prefill exact", 3, 16, Kind::levels, 0.002, 16, false},
+    {"3 bits bilevel g16 outliers prefill fast", 3, 16, Kind::levels, 0.002, 16, true},
     {"4 bits g128 prefill exact", 4, 128, Kind::byte_zero, 0.0, 16, false},
     {"4 bits g128 prefill fast", 4, 128, Kind::byte_zero, 0.0, 16, true},
 };

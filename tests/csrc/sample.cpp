@@ -135,11 +135,11 @@ std::int64_t padded_column(const PackedMatrix& w, std::int64_t column) {
   return column / w.group_width * width + column % w.group_width;
 }
 
-void add_outliers(Sample& sample, double share, bool odd, Random& random) {
+void add_outliers(Sample& sample, const Layout& layout, bool odd, Random& random) {
   PackedMatrix& w = sample.matrix;
   std::vector<std::vector<std::pair<int, float>>> buckets(place(w.tiles * w.panels));
   for (std::int64_t i = 0; i < w.out * w.in; ++i) {
-    if (random.uniform() >= share) continue;
+    if (random.uniform() >= layout.outlier_share && i % w.in >= layout.outlier_columns) continue;
     const float value = static_cast<float>(half_value(half_bits(random.normal())));
     const std::int64_t row = i / w.in, column = padded_column(w, i % w.in);
     const auto at = static_cast<int>(column % PANEL_COLUMNS * TILE + row % TILE);
@@ -188,7 +188,7 @@ Sample make_sample(const Layout& layout, int bits, Random& random, bool odd, int
                              (codes[place(i)] - static_cast<double>(grid.zero[group])));
   }
   sample.grid_weights = sample.weights;
-  if (layout.outlier_share > 0) add_outliers(sample, layout.outlier_share, odd, random);
+  if (layout.outlier_share > 0) add_outliers(sample, layout, odd, random);
   const std::int64_t row_words = (w.in * bits + 31) / 32;
   const Exact<std::uint32_t> words = bit_streams(codes, w, row_words, odd);
   sample.codes = Exact<std::uint8_t>(w.tiles * w.tile_bytes, odd);
@@ -198,19 +198,17 @@ Sample make_sample(const Layout& layout, int bits, Random& random, bool odd, int
 }
 
 std::vector<NamedIsa> machine_isas() {
-  const std::vector<NamedIsa> all = {{MatmulIsa::baseline, "baseline"},
-                                     {MatmulIsa::avx2, "avx2"},
-                                     {MatmulIsa::avx512, "avx512"},
-                                     {MatmulIsa::avx512vnni, "avx512vnni"}};
-  std::size_t count = static_cast<std::size_t>(best_matmul_isa()) + 1;
+  int best = static_cast<int>(best_matmul_isa());
 #if defined(LEFT_OUT_AVX2)
-  count = std::min<std::size_t>(count, 1);
+  best = std::min(best, 0);
 #elif defined(LEFT_OUT_AVX512)
-  count = std::min<std::size_t>(count, 2);
+  best = std::min(best, 1);
 #elif defined(LEFT_OUT_AVX512VNNI)
-  count = std::min<std::size_t>(count, 3);
+  best = std::min(best, 2);
 #endif
-  return {all.begin(), all.begin() + static_cast<std::ptrdiff_t>(count)};
+  std::vector<NamedIsa> isas;
+  for (int isa = 0; isa <= best; ++isa) isas.push_back({static_cast<MatmulIsa>(isa), MATMUL_ISA_NAMES[isa]});
+  return isas;
 }
 
 }  // namespace bitwright::testing

@@ -18,6 +18,7 @@ struct Layout {
   std::int64_t group_width;
   Kind kind;
   double outlier_share;
+  int outlier_columns = 0;  // the first so many are outliers, all of them
 };
 
 struct Sample {

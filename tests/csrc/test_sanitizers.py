@@ -15,7 +15,7 @@ from toolchain import Build, Toolchain
 from bitwright.runtime.cpu import instruction_sets
 
 ALL_ISAS = ("avx2", "avx512", "avx512vnni")
-PROGRAMS = ("check_matmul", "check_columns", "check_threads")
+PROGRAMS = ("check_matmul", "check_columns", "check_threads", "check_decode")
 ENVIRONMENT = {
     **os.environ,
     "ASAN_OPTIONS": "detect_leaks=0",  # leaks need ptrace, which containers forbid
@@ -71,6 +71,7 @@ def test_threads_under_the_thread_sanitizer(toolchain: Toolchain, tmp_path: Path
     if why:
         pytest.skip(f"programs with the thread sanitizer do not run here: {why}")
     # The kernels of other instruction sets share nothing that those of the baseline do not.
-    toolchain.build(Build((*DEBUG, "-fsanitize=thread"), (), ALL_ISAS), ("check_threads",), tmp_path)
-    done = run(tmp_path / "check_threads")
-    assert done.returncode == 0, done.stdout + done.stderr
+    toolchain.build(Build((*DEBUG, "-fsanitize=thread"), (), ALL_ISAS), ("check_threads", "check_decode"), tmp_path)
+    for program in ("check_threads", "check_decode"):
+        done = run(tmp_path / program, "threads")
+        assert done.returncode == 0, done.stdout + done.stderr

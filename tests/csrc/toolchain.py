@@ -74,16 +74,22 @@ def _options(text: str, variables: dict[str, str]) -> tuple[str, ...]:
     return tuple(filled.replace(";", " ").split())
 
 
-def kernel_sources() -> tuple[tuple[tuple[Path, tuple[str, ...]], ...], tuple[str, ...]]:
-    """Sources of the library bitwright_kernels for this processor, each with its flags; and the flags of all."""
+def kernel_sources(machine: str = "") -> tuple[tuple[tuple[Path, tuple[str, ...]], ...], tuple[str, ...]]:
+    """Sources of the library bitwright_kernels, each with its flags; and the flags of all.
+
+    For this processor, or for the `machine` that CMake's CMAKE_SYSTEM_PROCESSOR names.
+    """
     text = re.sub(r"#.*", "", (ROOT / "CMakeLists.txt").read_text())
     variables = {name: " ".join(value.split()) for name, value in re.findall(r"set\((\w+_FLAGS)\s+([^)]*)\)", text)}
     own = dict(re.findall(r"set_source_files_properties\((\S+) PROPERTIES COMPILE_OPTIONS (\"[^\"]*\")\)", text))
     files = re.findall(r"csrc/cpu/\w+\.cpp", "".join(re.findall(r"add_library\(bitwright_kernels[^)]*\)", text)))
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        files += re.findall(r"csrc/cpu/\w+\.cpp", "".join(re.findall(r"target_sources\([^)]*\)", text)))
+    branches = re.findall(r"if\(CMAKE_SYSTEM_PROCESSOR MATCHES \"(\S+)\"\)(.*?)(?=else|endif)", text, re.DOTALL)
+    for processors, branch in branches:
+        if re.search(processors, machine or platform.machine()):
+            files += re.findall(r"csrc/cpu/\w+\.cpp", "".join(re.findall(r"target_sources\([^)]*\)", branch)))
     everywhere = re.findall(r"target_compile_options\(bitwright_kernels PRIVATE ([^)]*)\)", text)
     assert len(files) >= 5, "CMakeLists.txt lists the kernels in a way that is not understood here"
+    assert len(branches) == 2
     assert len(everywhere) == 1
     sources = tuple((ROOT / name, _options(own.get(name, ""), variables)) for name in files)
     return sources, (*_options(everywhere[0], variables), "-DNDEBUG")

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from bitwright.formats.native import PART_NAMES, TensorEntry, check_parts, pack, parts, unpack
 from bitwright.numeric.activation import InputSite
+from bitwright.numeric.hadamard import hadamard_blocks
 from bitwright.numeric.qtensor import QTensor
 from bitwright.runtime import ops, reference
 from bitwright.runtime.cpu import CpuMode, CpuWeight, HeldWeight, direct
 from bitwright.runtime.reference import PackedWeight
+from bitwright.runtime.triton.layout import supports
 
 
 class PackedModule(nn.Module):
@@ -26,6 +28,8 @@ class PackedModule(nn.Module):
 
     # Arithmetic of products on the CPU; see `runtime.cpu` and `set_cpu_mode`.
     cpu_mode: CpuMode = "exact"
+    # See `keep_packed_on_cpu`.
+    packed_on_cpu: bool = False
 
     def __init__(self, entry: TensorEntry, device: torch.device | str | None = None) -> None:
         """Uninitialized buffers on `device` ("meta" allocates nothing)."""
@@ -86,7 +90,9 @@ class PackedModule(nn.Module):
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             after = self.get_buffer(name)
-            if after.dtype != tensor.dtype:
+            if self.packed_on_cpu and after.device.type != "cpu":
+                setattr(self, name, tensor)
+            elif after.dtype != tensor.dtype:
                 setattr(self, name, tensor.to(after.device))
         return self
 
@@ -94,7 +100,8 @@ class PackedModule(nn.Module):
 class QuantizedLinear(PackedModule):
     """`nn.Linear` over packed weights; the optional `bias` [out] is a plain parameter.
 
-    `site` says what happens to the input first (simulated: it stays float); None leaves it alone.
+    `site` says what happens to the input first; None leaves it alone. Its activations are quantized in float
+    (simulated), but on CUDA multiplied as integers where the weight allows it (`runtime.triton.w8a8`).
     """
 
     def __init__(
@@ -125,8 +132,12 @@ class QuantizedLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in] to [..., out] of the type of `x`."""
-        if self.site is not None:
-            x = self.site.apply(x)
+        site = self.site
+        if site is not None and site.activation is not None and ops.quantizes_inputs(x.device):
+            x = x if site.transform is None else hadamard_blocks(x)
+            return ops.site_linear(x, self.packed(), self.bias, site)
+        if site is not None:
+            x = site.apply(x)
         return self.product(x, self.bias, self.cpu_mode)
 
     def extra_repr(self) -> str:
@@ -217,3 +228,27 @@ def set_cpu_mode(model: nn.Module, mode: CpuMode) -> None:
         raise ValueError(f"{type(model).__name__} has no quantized linear; load a folder of the native format")
     for module in modules:
         module.cpu_mode = mode
+
+
+def keep_packed_on_cpu(model: nn.Module, keep: bool = True) -> int:
+    """Move the packed parts of `model` to the CPU's memory, where they stay wherever `model` moves from now on.
+
+    On CUDA the kernels' layout, made of each weight at its first use, is then the only copy on the device; state dicts
+    and saving find the parts on the CPU. Weights that have no such layout (`runtime.triton.layout.supports`) are left
+    alone. Without `keep` the parts follow the model again, from its next `model.to(device)` on.
+
+    Returns:
+        Packed modules that this holds for.
+
+    Raises:
+        ValueError: `model` is still on the meta device.
+    """
+    modules = [module for module in model.modules() if isinstance(module, PackedModule)]
+    if any(module.weight_packed.is_meta for module in modules):
+        raise ValueError(f"{type(model).__name__} has weights on the meta device; load them first")
+    modules = [module for module in modules if supports(module.packed())]
+    for module in modules:
+        module.packed_on_cpu = keep
+        for name, tensor in module.stored().items() if keep else ():
+            setattr(module, name, tensor.cpu())
+    return len(modules)

@@ -1,4 +1,4 @@
-"""The operators `bitwright::linear` and `bitwright::embedding`: schema, checks, shapes, choice of kernel.
+"""The operators `bitwright::linear`, `site_linear` and `embedding`: schema, checks, shapes, choice of kernel.
 
 Every call passes the checks below before a kernel sees a pointer: kernels may assume the layout of
 `formats.native`. What only values can break (outlier indices, NaN) is refused once, when a model is loaded.
@@ -6,13 +6,16 @@ Every call passes the checks below before a kernel sees a pointer: kernels may a
 A kernel for a device replaces the reference through `set_linear_kernel` or `set_embedding_kernel`; it
 receives checked arguments and may itself fall back to `reference` for cases it does not cover. The schema is
 functional and has a fake (shape-only) version, so that `torch.compile` and `torch.export` see one node.
+
+On CUDA the parts of a weight may lie in the CPU's memory: kernels make their layout from them once
+(`runtime.linear.keep_packed_on_cpu`).
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,22 +23,27 @@ from torch import Tensor
 
 from bitwright.errors import FormatError
 from bitwright.formats.native import PART_NAMES, TensorEntry, check_layout
+from bitwright.numeric.activation import ActivationSpec, InputSite, fake_quantize
 from bitwright.runtime import reference
 from bitwright.runtime.cpu import CpuKernel
 from bitwright.runtime.reference import PackedWeight
+from bitwright.runtime.triton.layout import resident, weight_bytes
 
 if TYPE_CHECKING:
     from bitwright.runtime.triton.kernel import TritonKernel
 
 LinearKernel = Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
 EmbeddingKernel = Callable[[Tensor, PackedWeight, torch.dtype], Tensor]
+SiteKernel = Callable[[Tensor, PackedWeight, Tensor | None, InputSite], Tensor]
 
 _PARTS = len(PART_NAMES)
 _WEIGHT = ", ".join(f"Tensor{'' if name == 'weight_packed' else '?'} {name}" for name in PART_NAMES)
 _LAYOUT = "int bits, int group_size, int in_features, int[] bilevel"
+_SITE = "int site_bits, bool site_symmetric, float site_clip, float? site_scale, int? site_zero"
 
 _LIBRARY = torch.library.Library("bitwright", "DEF")
 _LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, {_LAYOUT}) -> Tensor")
+_LIBRARY.define(f"site_linear(Tensor x, {_WEIGHT}, Tensor? bias, {_LAYOUT}, {_SITE}) -> Tensor")
 _LIBRARY.define(f"embedding(Tensor ids, {_WEIGHT}, {_LAYOUT}, ScalarType dtype) -> Tensor")
 
 
@@ -51,18 +59,33 @@ def _triton_kernel() -> TritonKernel | None:
 
 def _cuda_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     kernel = _triton_kernel()
-    return reference.linear(x, weight, bias) if kernel is None else kernel.linear(x, weight, bias)
+    if kernel is None:
+        return reference.linear(x, resident(weight, x), bias)
+    return kernel.linear(x, weight, bias)
 
 
 def _cuda_embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     kernel = _triton_kernel()
-    return reference.embedding(ids, weight, dtype) if kernel is None else kernel.embedding(ids, weight, dtype)
+    if kernel is None:
+        return reference.embedding(ids, resident(weight, ids), dtype)
+    return kernel.embedding(ids, weight, dtype)
+
+
+def _cuda_site_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, site: InputSite) -> Tensor:
+    kernel = _triton_kernel()
+    if kernel is None:
+        return reference.linear(_simulated(x, site), resident(weight, x), bias)
+    return kernel.site_linear(x, weight, bias, site)
 
 
 # Device type -> kernel; `reference` serves every device that is not here.
 _cpu = CpuKernel()
 _linear_kernels: dict[str, LinearKernel] = {"cpu": _cpu.linear, "cuda": _cuda_linear}
 _embedding_kernels: dict[str, EmbeddingKernel] = {"cpu": _cpu.embedding, "cuda": _cuda_embedding}
+# Products that quantize their inputs themselves; elsewhere they are simulated.
+_site_kernels: dict[str, SiteKernel] = {"cuda": _cuda_site_linear}
+# Device types whose kernels take parts from the CPU.
+_from_cpu = {"cuda"}
 
 
 def set_linear_kernel(device_type: str, kernel: LinearKernel | None) -> None:
@@ -81,6 +104,22 @@ def set_embedding_kernel(device_type: str, kernel: EmbeddingKernel | None) -> No
         _embedding_kernels[device_type] = kernel
 
 
+def quantizes_inputs(device: torch.device) -> bool:
+    """Whether a kernel of `device` may quantize inputs itself: modules then call `site_linear`."""
+    return device.type in _site_kernels
+
+
+def path_of(weight: PackedWeight, site: InputSite | None, device: torch.device) -> tuple[str, int]:
+    """What multiplies by `weight` on `device`, in words, and the bytes of it that this reads; made on the way.
+
+    On the CPU, and without the package triton, the stored parts are counted.
+    """
+    kernel = _triton_kernel() if device.type == "cuda" else None
+    if kernel is None:
+        return f"on {device.type}" if device.type != "cuda" else "reference: no package triton", weight_bytes(weight)
+    return kernel.path(weight, site, device)
+
+
 def cpu_kernel() -> CpuKernel | None:
     """The compiled kernels, if they serve the CPU: modules may call them directly, past the operators' checks."""
     return _cpu if _linear_kernels.get("cpu") == _cpu.linear else None
@@ -94,6 +133,21 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
         ValueError: `x` or `bias` does not fit `weight`.
     """
     result: Tensor = torch.ops.bitwright.linear(x, *_tensors(weight), bias, *_layout(weight))
+    return result
+
+
+def site_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, site: InputSite) -> Tensor:
+    """`linear` of `x` quantized as `site.activation`, which is there, says; its transform is left to the caller.
+
+    Where a device has no kernel for that, `x` is rounded in float (`fake_quantize`) and goes to `linear`'s.
+
+    Raises:
+        FormatError, ValueError: see `linear`.
+    """
+    spec = site.activation
+    assert spec is not None
+    numbers = (spec.bits, spec.symmetric, spec.clip, site.scale, site.zero)
+    result: Tensor = torch.ops.bitwright.site_linear(x, *_tensors(weight), bias, *_layout(weight), *numbers)
     return result
 
 
@@ -125,13 +179,33 @@ def _weight(tensors: tuple[Any, ...], layout: tuple[Any, ...]) -> PackedWeight:
     return PackedWeight(*fields)
 
 
-def _linear(x: Tensor, *arguments: Any, fake: bool) -> Tensor:
-    bias = arguments[_PARTS]
-    weight = _weight(arguments[:_PARTS], arguments[_PARTS + 1 :])
+@lru_cache(maxsize=256)
+def _site(bits: int, symmetric: bool, clip: float, scale: float | None, zero: int | None) -> InputSite:
+    """Inverse of the numbers of a site."""
+    granularity: Any = "token" if scale is None else "tensor"
+    spec = ActivationSpec(bits=bits, symmetric=symmetric, clip=clip, granularity=granularity)
+    return InputSite(activation=spec, scale=scale, zero=zero)
+
+
+def _simulated(x: Tensor, site: InputSite) -> Tensor:
+    """`x` rounded in float."""
+    assert site.activation is not None
+    return fake_quantize(x, site.activation, site.scale, site.zero)
+
+
+def _linear(x: Tensor, *arguments: Any, fake: bool, sites: bool) -> Tensor:
+    bias, numbers = arguments[_PARTS], arguments[_PARTS + 1 :]
+    weight = _weight(arguments[:_PARTS], numbers[:4])
     _check_weight(weight, x.device)
     _check_linear(x, weight, bias)
     if fake:
         return x.new_empty((*x.shape[:-1], weight.out_features))
+    if sites:
+        site = _site(*numbers[4:])
+        site_kernel = _site_kernels.get(x.device.type)
+        if site_kernel is not None:
+            return site_kernel(x, weight, bias, site)
+        x = _simulated(x, site)
     return _linear_kernels.get(x.device.type, reference.linear)(x, weight, bias)
 
 
@@ -149,7 +223,7 @@ def _check_weight(weight: PackedWeight, device: torch.device) -> None:
     """Refuse tensors that are not the layout of the entry they themselves imply, or on another device."""
     stored = weight.stored()
     for name, tensor in stored.items():
-        if tensor.device != device:
+        if tensor.device != device and not (tensor.device.type == "cpu" and device.type in _from_cpu):
             raise ValueError(f"bitwright: {name} is on {tensor.device}, needed {device} as the input")
         if not tensor.is_contiguous():
             raise FormatError(f"bitwright: {name} has strides {tensor.stride()}, needed a contiguous tensor")
@@ -180,7 +254,12 @@ def _no_gradient(ctx: object, *gradients: Tensor) -> None:
     raise NotImplementedError("bitwright operators have no backward; run quantized models under torch.no_grad()")
 
 
-for _name, _function in (("linear", _linear), ("embedding", _embedding)):
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "linear": partial(_linear, sites=False),
+    "site_linear": partial(_linear, sites=True),
+    "embedding": _embedding,
+}
+for _name, _function in _FUNCTIONS.items():
     # One implementation for all devices: the checks come first, then the table above chooses the kernel.
     _LIBRARY.impl(_name, partial(_function, fake=False), "CompositeExplicitAutograd")
     torch.library.register_fake(f"bitwright::{_name}", partial(_function, fake=True), lib=_LIBRARY)

@@ -184,6 +184,18 @@ def test_the_seam(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(seam.linear(x, stored, None), reference.linear(x, stored, None))
 
 
+def test_parts_on_the_cpu_are_laid_out_on_the_device(make_qtensor: Make) -> None:
+    q, _, _ = make_weight(make_qtensor, "w4g64")
+    parts, seam = PackedWeight.of(pack(q), q.spec, q.shape[1]), TritonKernel()
+    made = seam.prepared(parts, DEVICE)
+    assert made is not None
+    assert made.device.type == DEVICE.type
+    assert seam.prepared(parts, DEVICE) is made
+    x = torch.randn(3, q.shape[1], device=DEVICE, dtype=HALF)
+    assert sqnr(expected(q, x, None), seam.linear(x, parts, None)) > FLOORS[HALF]
+    assert torch.equal(seam.embedding(torch.tensor([1], device=DEVICE), parts, FLOAT).cpu(), q.dequantize()[[1]])
+
+
 def test_inputs_of_any_stride_and_offset(make_qtensor: Make) -> None:
     q, stored, dtype = make_weight(make_qtensor, "w4g64")
     weight = TritonWeight.of(stored)

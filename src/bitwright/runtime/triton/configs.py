@@ -58,6 +58,35 @@ def gemm_config(out_features: int, units: int, rows: int) -> GemmConfig:
     return GemmConfig(splits, span, block_units, 128 // block_rows, 4, block_out, block_rows, 3)
 
 
+@dataclass(frozen=True)
+class Gemm8Config:
+    """Blocks of `matmul8`, pipelined in `stages`; `block_rows` 0 is the kernel for one row."""
+
+    block_out: int
+    block_rows: int
+    block_columns: int
+    warps: int
+    stages: int
+
+
+def gemm8_config(out_features: int, padded: int, rows: int) -> Gemm8Config:
+    """For any rows of 8-bit codes; `padded` columns, a multiple of 64."""
+    if rows == 1:
+        # Each of 128 threads takes 16 codes of every row at a time.
+        block_out = next((block for block in (16, 8) if out_features // block >= 2 * _LEAST_PROGRAMS), 4)
+        return Gemm8Config(block_out, 0, 2048, 4, 1)
+    block_columns = 128 if padded % 128 == 0 else 64
+    if rows > 64:
+        # Hopper's warp groups take 64 rows of the weight each.
+        return Gemm8Config(128, 128, block_columns, 8, 3)
+    if rows > 32:
+        return Gemm8Config(64, 64, block_columns, 4, 4)
+    # With 32 rows of the weight Hopper uses older instructions, for e4m3 those of float16, which are enough for few
+    # rows of inputs; twice the programs matter more.
+    block_out = 64 if out_features // 64 >= _LEAST_PROGRAMS else 32
+    return Gemm8Config(block_out, 16 if rows <= 16 else 32, block_columns, 4, 5)
+
+
 def _split(programs: int, units: int, block: int, most: int) -> tuple[int, int]:
     """Splits, and units of each, a multiple of `block`: enough programs, but `most` splits and no empty one."""
     wanted = min(most, -(-_LEAST_PROGRAMS // max(programs, 1)))

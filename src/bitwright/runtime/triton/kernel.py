@@ -1,4 +1,4 @@
-"""`TritonKernel`: the kernels behind `bitwright::linear` and `bitwright::embedding` on a CUDA device.
+"""`TritonKernel`: the kernels behind `bitwright::linear`, `site_linear` and `embedding` on a CUDA device.
 
 Products of 16-bit inputs are summed in float32. Float32 inputs are exact for one row; for more, the weight is decoded
 and cuBLAS multiplies as `torch.backends.cuda.matmul` says. Equal calls give equal bits: no sum depends on the order in
@@ -8,7 +8,8 @@ after one warm-up.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -16,17 +17,32 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
+from bitwright.numeric.activation import InputSite, fake_quantize
 from bitwright.runtime import reference
 from bitwright.runtime.reference import PackedWeight
-from bitwright.runtime.triton import configs
+from bitwright.runtime.triton import configs, w8a8
 from bitwright.runtime.triton.dequantize import dequantize_kernel, outlier_kernel
 from bitwright.runtime.triton.gemm import gemm_kernel
 from bitwright.runtime.triton.gemv import EXPONENT, gemv_kernel, reduce_kernel
-from bitwright.runtime.triton.layout import HALF, PLANES, TILE, UNIT, TritonWeight, supports
+from bitwright.runtime.triton.layout import (
+    HALF,
+    PLANES,
+    TILE,
+    UNIT,
+    TritonWeight,
+    int8_refusal,
+    moved,
+    resident,
+    supports,
+    weight_bytes,
+)
+from bitwright.runtime.triton.w8a8 import Weight8
 
 # Types of inputs.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _REDUCED = 512
+
+Made = TypeVar("Made", TritonWeight, Weight8)
 
 
 def linear(x: Tensor, weight: TritonWeight, bias: Tensor | None = None) -> Tensor:
@@ -180,32 +196,68 @@ class TritonKernel:
         """Nothing is remembered yet."""
         self._prepared: Any = WeakIdKeyDictionary()
 
-    def prepared(self, weight: PackedWeight) -> TritonWeight | None:
-        """The layout of `weight`; None where there is none.
+    def prepared(self, weight: PackedWeight, device: torch.device | None = None) -> TritonWeight | None:
+        """The layout of `weight` on `device` (default: where it is); None where there is none.
 
         Raises:
             FormatError: see `TritonWeight.of`.
         """
-        if not supports(weight):
-            return None
+        return self._remembered(weight, device, TritonWeight.of) if supports(weight) else None
+
+    def prepared8(self, weight: PackedWeight, device: torch.device | None = None) -> Weight8:
+        """The int8 form of `weight`, which `int8_refusal` has nothing against, on `device` (default: where it is).
+
+        Raises:
+            FormatError: see `Weight8.of`.
+        """
+        return self._remembered(weight, device, Weight8.of)
+
+    def _remembered(
+        self, weight: PackedWeight, device: torch.device | None, make: Callable[[PackedWeight], Made]
+    ) -> Made:
+        """What `make` makes of `weight` on `device`, once."""
+        device = weight.weight_packed.device if device is None else device
         # All parts but the first, which is the key, are held: another tensor cannot take an address meanwhile.
         parts = list(weight.stored().values())
-        numbers = (weight.bits, weight.group_size, weight.in_features, tuple(weight.bilevel))
+        numbers = (weight.bits, weight.group_size, weight.in_features, tuple(weight.bilevel), device)
         stamp = tuple((part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts)
-        found = self._prepared.get(weight.weight_packed)
+        forms = self._prepared.setdefault(weight.weight_packed, {})
+        found = forms.get(make)
         if found is not None and found[:2] == (stamp, numbers):
-            made: TritonWeight = found[3]
+            made: Made = found[3]
             return made
-        made = TritonWeight.of(weight)
-        self._prepared[weight.weight_packed] = (stamp, numbers, parts[1:], made)
+        made = make(moved(weight, device))
+        forms[make] = (stamp, numbers, parts[1:], made)
         return made
 
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """A `LinearKernel`; what the kernels do not cover goes to the reference."""
-        prepared = self.prepared(weight) if x.dtype in DTYPES else None
-        return reference.linear(x, weight, bias) if prepared is None else linear(x, prepared, bias)
+        prepared = self.prepared(weight, x.device) if x.dtype in DTYPES else None
+        return reference.linear(x, resident(weight, x), bias) if prepared is None else linear(x, prepared, bias)
+
+    def site_linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None, site: InputSite) -> Tensor:
+        """A `SiteKernel`: int8 products where `int8_refusal` lets them, else `x` is rounded in float."""
+        activation = site.activation
+        assert activation is not None
+        if x.dtype not in DTYPES or int8_refusal(weight, activation) is not None:
+            return self.linear(fake_quantize(x, activation, site.scale, site.zero), weight, bias)
+        static = None if site.scale is None or site.zero is None else (site.scale, site.zero)
+        return w8a8.int8_linear(x, self.prepared8(weight, x.device), bias, activation, static)
+
+    def path(self, weight: PackedWeight, site: InputSite | None, device: torch.device) -> tuple[str, int]:
+        """What multiplies inputs of 16 bits on `device`, in words, and the bytes of the weight that it reads."""
+        activation = None if site is None else site.activation
+        reason = None if activation is None else int8_refusal(weight, activation)
+        if activation is not None and reason is None:
+            return "int8 products", self.prepared8(weight, device).bytes
+        prepared = self.prepared(weight, device)
+        if prepared is None:
+            return f"reference: groups of {weight.group_size} columns", weight_bytes(weight)
+        return "float products" if reason is None else f"inputs rounded in float: {reason}", prepared.bytes
 
     def embedding(self, ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
         """An `EmbeddingKernel`; what the kernels do not cover goes to the reference."""
-        prepared = self.prepared(weight) if dtype in DTYPES else None
-        return reference.embedding(ids, weight, dtype) if prepared is None else embedding(ids, prepared, dtype)
+        prepared = self.prepared(weight, ids.device) if dtype in DTYPES else None
+        if prepared is None:
+            return reference.embedding(ids, resident(weight, ids), dtype)
+        return embedding(ids, prepared, dtype)

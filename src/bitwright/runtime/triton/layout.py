@@ -16,7 +16,7 @@ Everything that does not exist (rows, columns, slots) is 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bitwright.formats.bits import unpack_rows
 from bitwright.formats.native import TensorEntry, check_parts
+from bitwright.numeric.activation import ActivationSpec
 from bitwright.numeric.outliers import Outliers
 from bitwright.numeric.spec import WeightSpec
 from bitwright.runtime.reference import PackedWeight, packed_levels, packs_levels
@@ -53,6 +54,47 @@ def supports(weight: PackedWeight) -> bool:
     """Whether there is a layout for `weight`: groups are whole halves of units, or one group is the whole row."""
     width = min(weight.group_size, weight.in_features)
     return width % HALF == 0 or width == weight.in_features
+
+
+def int8_refusal(weight: PackedWeight, activation: ActivationSpec) -> str | None:
+    """Why int8 products do not serve `weight` and such activations; None where they do."""
+    if weight.bits < 7:
+        return f"its codes have {weight.bits} bits; int8 products are for 7 and 8"
+    if weight.group_size < weight.in_features:
+        return f"its groups have {weight.group_size} of {weight.in_features} columns; int8 products need one per row"
+    if weight.outlier_val is not None:
+        return "it has outliers"
+    spec = weight.spec
+    most_x = (1 << (activation.bits - 1)) - 1 if activation.symmetric else (1 << activation.bits) - 1
+    most_w = 1 << (weight.bits - 1) if spec.symmetric else (1 << weight.bits) - 1
+    if weight.in_features * most_x * most_w >= 1 << 31:
+        return f"sums of {weight.in_features} products may exceed int32"
+    return None
+
+
+def resident(weight: PackedWeight, x: Tensor) -> PackedWeight:
+    """`weight`, for the reference, which needs its parts where `x` is.
+
+    Raises:
+        ValueError: they are kept on the CPU.
+    """
+    if weight.weight_packed.device != x.device:
+        raise ValueError(
+            f"bitwright: the packed weight is kept on {weight.weight_packed.device}, and no kernel takes it with "
+            f"inputs of {x.dtype} on {x.device}; call keep_packed_on_cpu(model, keep=False) and model.to('{x.device}')"
+        )
+    return weight
+
+
+def weight_bytes(weight: PackedWeight) -> int:
+    """Memory of the parts as they are stored."""
+    return sum(tensor.numel() * tensor.itemsize for tensor in weight.stored().values())
+
+
+def moved(weight: PackedWeight, device: torch.device) -> PackedWeight:
+    """`weight` with its parts on `device`."""
+    parts: dict[str, Any] = {name: tensor.to(device) for name, tensor in weight.stored().items()}
+    return replace(weight, **parts)
 
 
 @dataclass(frozen=True)

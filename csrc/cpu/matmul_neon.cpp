@@ -1,0 +1,10 @@
+#include "matmul_neon.hpp"
+
+namespace bitwright {
+
+const MatmulKernels& matmul_kernels_neon() {
+  static constexpr MatmulKernels kernels = table<Neon>();
+  return kernels;
+}
+
+}  // namespace bitwright
