@@ -45,7 +45,7 @@ def test_what_it_loads(spec: WeightSpec, activation: ActivationSpec | None) -> N
 @pytest.mark.parametrize(
     ("spec", "fields", "certain", "reason"),
     [
-        (WeightSpec(bits=3, group_size=128), {}, True, "asymmetric ones need 4 or 8"),
+        (WeightSpec(bits=3, group_size=128), {}, False, "versions before 0.32 need 4 or 8"),
         (WeightSpec(bits=3, group_size=128, symmetric=True), {}, False, "Humming"),
         (WeightSpec(bits=4, group_size=16), {}, False, "groups of 16, for which few kernels"),
         (WeightSpec(bits=4, group_size=128), {"shape": (256, 576)}, True, "576 inputs in groups of 128"),

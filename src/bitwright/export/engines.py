@@ -93,7 +93,9 @@ def _weight_only(row: Row, spec: WeightSpec) -> Iterator[Obstacle]:
     if spec.bits not in (4, 8):
         reason = f"has {spec.bits} bits, {'symmetric' if spec.symmetric else 'asymmetric'}"
         if not spec.symmetric:
-            yield Obstacle(row.module, f"{reason}; asymmetric ones need 4 or 8", "use w4 or w8, or symmetric codes")
+            yield Obstacle(
+                row.module, f"{reason}; versions before 0.32 need 4 or 8", "use w4 or w8, or symmetric codes", False
+            )
         yield Obstacle(row.module, f"{reason}; only versions with Humming kernels take it", "use w4 or w8", False)
     whole_rows = spec.groups(row.shape[1]) == 1
     if not whole_rows and spec.group_size not in _GROUP_SIZES:

@@ -1,0 +1,14 @@
+"""Serving native folders with vLLM: `register` is the plugin that vLLM's processes call when they start.
+
+`routing` says which of the folder's matrices a layer of vLLM consists of and collects their tensors, `matrices`
+multiplies by them, and `plugin` alone imports vLLM. Devices are those of `runtime.ops`.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Teach vLLM the method "bitwright" (entry point group `vllm.general_plugins`); again changes nothing."""
+    from bitwright.runtime.vllm.plugin import register as register_config
+
+    register_config()
