@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bitwright.checkpoint.load import load_model
 from bitwright.errors import EvaluationError
 from bitwright.runtime import ops
+from bitwright.runtime.join import join_shared_inputs
 from bitwright.runtime.linear import PackedModule, QuantizedLinear, TiedLinear, keep_packed_on_cpu
 
 ComputeType = Literal["bfloat16", "float16"]
@@ -59,7 +60,7 @@ class CudaBench:
     """What was measured.
 
     Attributes:
-        kernels: what multiplies, in words, and in how many linears.
+        kernels: what multiplies, in words, and in how many products; linears of one input are one where they agree.
         measured: the model as it is.
         unquantized: it with decoded weights in `dtype`; None where `unquantized_reason` says why.
     """
@@ -84,7 +85,7 @@ class CudaBench:
         """Labels and values, for people."""
         found = [("device", f"{self.device}, {self.dtype}")]
         found += [("copy bandwidth", f"{self.copy_bandwidth_bytes_per_second / 1e12:.2f} TB/s")]
-        found += [("linears", f"{count}: {path}") for path, count in self.kernels.items()]
+        found += [("products", f"{count}: {path}") for path, count in self.kernels.items()]
         found += self._lines_of(self.measured, "")
         if self.unquantized is None:
             return [*found, ("unquantized", f"not measured: {self.unquantized_reason}")]
@@ -257,6 +258,7 @@ def bench_cuda(
     ids = torch.randint(loaded.config.vocab_size, (prompt_tokens,), generator=torch.Generator().manual_seed(0))
     bandwidth = _copy_bandwidth(found)
     found.reset_peak()
+    join_shared_inputs(loaded)
     keep_packed_on_cpu(loaded)
     loaded.to(found.device)
     packed, float_bytes = _is_packed(loaded), _float_bytes(loaded, torch_dtype)
@@ -368,7 +370,7 @@ def _path(owner: PackedModule, linear: QuantizedLinear | None, device: torch.dev
 
 
 def _kernels(model: nn.Module, device: torch.device) -> dict[str, int]:
-    """What multiplies, and in how many linears."""
+    """What multiplies, and in how many products."""
     plain = sum(isinstance(module, nn.Linear) for module in model.modules())
     counts = Counter(_path(owner, linear, device)[0] for owner, linear in _linears(model))
     return dict(counts) | ({"float weights": plain} if plain else {})
