@@ -142,8 +142,14 @@ def test_a_target_chooses_bits_and_is_kept_or_not(
     monkeypatch.setattr(cli, "default_choices", lambda: some)
     report = tmp_path / "report.json"
     out = tmp_path / "out"
-    assert run(monkeypatch, "quantize", *common, "-o", str(out), "--target-bits", "5", "--json", str(report)) == 0
-    assert json.loads(report.read_text())["bits_per_weight"] <= 5
+    place = tmp_path / "report"
+    asked = ("quantize", *common, "-o", str(out), "--target-bits", "5", "--json", str(report), "--report", str(place))
+    assert run(monkeypatch, *asked) == 0
+    section = json.loads(report.read_text())
+    assert section["bits_per_weight"] <= 5
+    assert json.loads((place / "report.json").read_text())["allocation"] == section
+    assert "Size and loss" in (place / "report.html").read_text()
+    assert run(monkeypatch, "plan", common[0], "--recipe", str(place / "recipe.toml")) == 0
     assert "holds" in capsys.readouterr().out
     assert run(monkeypatch, "inspect", str(out), "--verify") == 0
     refused = ("quantize", *common, "-o", str(tmp_path / "other"), "--target-bits", "5", "-s", "w4a16")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.progress import Progress
@@ -21,10 +21,10 @@ import bitwright
 from bitwright import console as show
 from bitwright.analyze.choices import choices_of, default_choices
 from bitwright.analyze.promise import Target as Goal
-from bitwright.analyze.run import BUDGETS, named_budget
+from bitwright.analyze.run import BUDGETS, named_budget, report_on_target
 from bitwright.analyze.run import analyze as analyze_model
 from bitwright.analyze.sections import allocation_section
-from bitwright.analyze.target import TargetOptions, quantize_to_target
+from bitwright.analyze.target import TargetOptions, TargetResult, quantize_to_target
 from bitwright.analyze.thresholds import breaches, parse_limit
 from bitwright.bench import bench as measure_speed
 from bitwright.bench_cuda import ComputeType, bench_cuda
@@ -116,6 +116,9 @@ def quantize(
     ] = None,
     target_bits: Annotated[float | None, typer.Option(help="The same for so many bits per weight.")] = None,
     target_size: Annotated[str | None, typer.Option(help="The same for so large weight files, such as 4GB.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="With a target: folder for a report, as analyze writes it.")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Quantize a model; a run that was stopped continues when started again."""
@@ -123,6 +126,8 @@ def quantize(
     goal = _goal(target_loss, target_bits, target_size)
     if goal is not None and (scheme, recipe, to) != (None, None, None):
         raise bitwright.RecipeError("a target chooses schemes itself; leave --scheme, --recipe and --format out")
+    if goal is None and report is not None:
+        raise bitwright.RecipeError("--report tells how a target was kept; give one, or run analyze")
     # Of a target's recipe only what is not chosen counts: calibration, seed, stored types.
     named = (method, scheme) if goal is None else ("gptq", "w4a16g64")
     wanted = bitwright.load_recipe(*named, recipe, settings)
@@ -142,9 +147,7 @@ def quantize(
         else:
             summary = bitwright.quantize(model, out, recipe=wanted, options=options)
     if goal is not None:
-        show.show_reached(reached)
-        _write_json(json_file, allocation_section(reached).model_dump(mode="json"))
-        raise typer.Exit(0 if reached.met else 4)
+        _end_target(model, reached, report, json_file)
     show.show_summary(summary)
     if to is not None:
         place = out.with_name(out.name + (".gguf" if to == "gguf" else f"-{to}"))
@@ -317,6 +320,16 @@ def bench(
     result = measure_speed(model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads, mode=mode)
     show.show_bench(result)
     _write_json(json_file, result.to_json())
+
+
+def _end_target(model: str, reached: TargetResult, report: Path | None, json_file: Path | None) -> NoReturn:
+    """Show and write what became of a target; exit."""
+    show.show_reached(reached)
+    _write_json(json_file, allocation_section(reached).model_dump(mode="json"))
+    if report is not None:
+        report_on_target(model, reached, report)
+        show.console.print(f"{report / 'report.html'}, report.json, recipe.toml", highlight=False)
+    raise typer.Exit(0 if reached.met else 4)
 
 
 def _goal(loss: str | None, bits: float | None, size: str | None) -> Goal | None:

@@ -25,10 +25,11 @@ from bitwright.analyze.matrix import MatrixOptions, measure_matrix
 from bitwright.analyze.model import MatrixSection, ModelSection, Report, RunSection, SensitivitySection
 from bitwright.analyze.outliers import Collector
 from bitwright.analyze.report import write_report
-from bitwright.analyze.sections import sensitivity_section
+from bitwright.analyze.sections import allocation_section, sensitivity_section
 from bitwright.analyze.sensitivity import Probes, Run, measure_sensitivity
 from bitwright.analyze.sets import CalibrationSet, SetMaker, SetSpec, parse_set
 from bitwright.analyze.summary import Summary
+from bitwright.analyze.target import TargetResult
 from bitwright.checkpoint.open import open_source
 from bitwright.checkpoint.source import Source
 from bitwright.errors import PlanError
@@ -216,7 +217,7 @@ def observe_model(
     phases = {"sets": drawn - started, "activations": time.perf_counter() - drawn}
     report = Report(
         model=_model(source, adapter),
-        run=_run(chosen, phases),
+        run=_run(chosen.name, chosen.seeds, phases),
         sets=tuple(draw.row() for draw in draws),
         outliers=summary.outliers(),
         transfer=summary.transfer(),
@@ -234,6 +235,25 @@ def finish(analysis: Analysis, out: Path, started: float) -> Report:
     run = report.run.model_copy(update={"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()})
     report = report.model_copy(update={"advice": advise(report), "recipe_toml": _recipe(analysis), "run": run})
     write_report(report, out, analysis.tensors)
+    return report
+
+
+def report_on_target(model: str, reached: TargetResult, out: str | Path) -> Report:
+    """Write the report on a target into the folder `out`: what every tensor lost and was given, predicted and measured.
+
+    `model` is what was quantized. Raises OSError where a file cannot be written.
+    """
+    source = open_source(model)
+    report = Report(
+        model=_model(source, adapter_for(source.config)),
+        run=_run(f"target {reached.target}", (reached.chosen.recipe.seed,), {}),
+        sets=(),
+        sensitivity=sensitivity_section(reached.sensitivity),
+        allocation=allocation_section(reached),
+    )
+    recipe = report.allocation.recipe_toml if report.allocation is not None else None
+    report = report.model_copy(update={"advice": advise(report), "recipe_toml": recipe or ""})
+    write_report(report, Path(out), {})
     return report
 
 
@@ -284,14 +304,14 @@ def _model(source: Source, adapter: Adapter) -> ModelSection:
     )
 
 
-def _run(budget: Budget, phases: dict[str, float]) -> RunSection:
+def _run(budget: str, seeds: tuple[int, ...], phases: dict[str, float]) -> RunSection:
     return RunSection(
         bitwright=__about__.__version__,
         torch=torch.__version__,
         transformers=version("transformers"),
         text_python=platform.python_version(),
-        budget=budget.name,
-        seeds=budget.seeds,
+        budget=budget,
+        seeds=seeds,
         seconds=sum(phases.values()),
         peak_rss_bytes=peak_rss_bytes(),
         phases=phases,
