@@ -144,6 +144,7 @@ def run(name: str, python: Path, out: Path, arguments: list[str], background: bo
             "HF_HOME": str(out.parent / "cache"),
             "TOKENIZERS_PARALLELISM": "false",
         }
+        out.parent.mkdir(parents=True, exist_ok=True)
         log = out.with_name(out.name + ".log")
         log.unlink(missing_ok=True)
         # as a module, so that a file named like the package it measures does not hide it
