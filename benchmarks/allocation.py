@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from data_free_quality import Remembered
+from quality_vs_peers import add_texts
 
 import bitwright
 from bitwright import Recipe
@@ -86,20 +87,13 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line; lists are separated by commas."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo", help="as `bitwright quantize` takes it")
-    parser.add_argument("--calibration-text", type=Path, help="without it, the built-in calibration text")
-    parser.add_argument("--calibration-windows", type=int, default=32)
-    parser.add_argument("--calibration-tokens", type=int, default=512, help="in each window")
+    add_texts(parser)
     parser.add_argument("--sensitivity-windows", type=int, default=16, help="of those, the first so many")
     parser.add_argument("--probes", type=int, default=48, help="tensors whose KL is measured by themselves")
     parser.add_argument("--probe-windows", type=int, default=2, help="of the calibration text, which it does not see")
-    parser.add_argument("--text", type=Path, help="to measure on; without it, the built-in evaluation text")
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--choices", type=_list, default=[], help="without it, those of `bitwright quantize`")
     parser.add_argument("--uniform", type=_list, default=_list(UNIFORM))
     parser.add_argument("--measures", type=_list, default=["fisher"], help=f"of {', '.join(MEASURES)}")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=WORK, help="where sensitivities are kept between runs")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()

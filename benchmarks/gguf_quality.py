@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from cpu_peers import ggml
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from quality_vs_peers import HEADINGS, WORK, Bench, Result, line, ours, prepare
+from quality_vs_peers import HEADINGS, WORK, Bench, Result, add_texts, line, ours, prepare
 from torch import Tensor, nn
 
 from bitwright.checkpoint.load import load_model
@@ -55,16 +55,9 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line; lists are separated by commas."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo", help="as `bitwright quantize` takes it")
-    parser.add_argument("--calibration-text", type=Path, help="without it, the built-in calibration text")
-    parser.add_argument("--calibration-windows", type=int, default=16)
-    parser.add_argument("--calibration-tokens", type=int, default=512, help="in each window")
-    parser.add_argument("--text", type=Path, help="to measure on; without it, the built-in evaluation text")
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=2048)
+    add_texts(parser, calibration_windows=16)
     parser.add_argument("--bits", type=lambda text: [int(part) for part in text.split(",")], default=[2, 3, 4, 6])
     parser.add_argument("--methods", type=lambda text: text.split(","), default=["rtn", "gptq"])
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=WORK, help="what is kept between runs")
     return parser.parse_args()
 

@@ -122,18 +122,11 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line; lists are separated by commas."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo", help="as `bitwright quantize` takes it")
-    parser.add_argument("--calibration-text", type=Path, help="without it, the built-in calibration text")
-    parser.add_argument("--calibration-windows", type=int, default=32)
-    parser.add_argument("--calibration-tokens", type=int, default=512, help="in each window")
-    parser.add_argument("--text", type=Path, help="to measure on; without it, the built-in evaluation text")
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=2048)
+    add_texts(parser)
     parser.add_argument("--peers", type=_list, default=list(PEERS), help=f"of {', '.join(PEERS)}")
     parser.add_argument("--schemes", type=_list, default=["w4a16g64"], help="of the peers")
     parser.add_argument("--methods", type=_list, default=_list(METHODS), help="ours, as name:scheme[:bits][:key=value]")
     parser.add_argument("--iterations", type=int, default=30, help="of AutoRound, per block")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=WORK, help="what is kept between runs")
     parser.add_argument("--background", action="store_true", help="peers give way to all else on the machine")
     parser.add_argument("--json", type=Path)
@@ -141,6 +134,18 @@ def parse_arguments() -> argparse.Namespace:
     if unknown := set(arguments.peers) - set(PEERS):
         parser.error(f"unknown peers: {', '.join(sorted(unknown))}; known: {', '.join(PEERS)}")
     return arguments
+
+
+def add_texts(parser: argparse.ArgumentParser, calibration_windows: int = 32) -> None:
+    """The options of what is calibrated and what is measured on."""
+    parser.add_argument("--model", default="demo", help="as `bitwright quantize` takes it")
+    parser.add_argument("--calibration-text", type=Path, help="without it, the built-in calibration text")
+    parser.add_argument("--calibration-windows", type=int, default=calibration_windows)
+    parser.add_argument("--calibration-tokens", type=int, default=512, help="in each window")
+    parser.add_argument("--text", type=Path, help="to measure on; without it, the built-in evaluation text")
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def prepare(arguments: argparse.Namespace) -> Bench:

@@ -9,7 +9,7 @@ import pickle
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -83,19 +83,6 @@ def rounded_inputs(x: Tensor, q: QTensor) -> Tensor:
         chunks = [chunk for part in parts for chunk in part.split(32, dim=1)]
     largest = [chunk.abs().amax(dim=1, keepdim=True) for chunk in chunks]
     return torch.cat([torch.round(c * (127 / a)).double() * (a / 127) for c, a in zip(chunks, largest, strict=True)], 1)
-
-
-@pytest.fixture(params=instruction_sets())
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("BITWRIGHT_ISA", request.param)
-    return str(request.param)
-
-
-@pytest.fixture
-def _keep_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 # --- arithmetic ----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -128,19 +128,6 @@ def steps(decoder: LeanDecoder, ids: Tensor, prompt: int) -> Tensor:
 
 def tokens(count: int = LENGTH) -> Tensor:
     return torch.randint(50, (count,), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(params=instruction_sets())
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("BITWRIGHT_ISA", request.param)
-    return str(request.param)
-
-
-@pytest.fixture
-def _keep_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------

@@ -116,9 +116,10 @@ def measure_matrix(model: str, draws: Sequence[CalibrationSet], options: MatrixO
 
 
 def _check_disjoint(draws: Sequence[CalibrationSet], evaluations: Sequence[CalibrationSet]) -> None:
-    for evaluation in evaluations:
-        for draw in draws:
-            if count := overlap(evaluation.ids, fingerprints(draw.ids)):
+    for draw in draws:
+        known = fingerprints(draw.ids)
+        for evaluation in evaluations:
+            if count := overlap(evaluation.ids, known):
                 raise CalibrationError(
                     f"{count} windows of calibration set {draw.name!r} are part of evaluation set "
                     f"{evaluation.name!r}; measure on another text: --evaluation-set NAME=OTHER_FILE"
@@ -199,15 +200,11 @@ def _row(cell: _Cell, evaluation: str, found: Divergence) -> MatrixRow:
         evaluation=evaluation,
         seed=cell.draw.seed,
         kl=float(kl.mean()),
-        kl_interval=_interval(paired_interval(kl)),
+        kl_interval=Interval.of(paired_interval(kl)),
         delta_nll=float(differences.mean()),
-        delta_nll_interval=_interval(paired_interval(differences)),
+        delta_nll_interval=Interval.of(paired_interval(differences)),
         data_free=cell.data_free,
     )
-
-
-def _interval(bounds: tuple[float, float] | None) -> Interval | None:
-    return None if bounds is None else Interval(low=bounds[0], high=bounds[1])
 
 
 # --- sets against seeds ------------------------------------------------------------------------------------

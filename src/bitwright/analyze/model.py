@@ -26,6 +26,11 @@ class Interval(Settings):
     low: float
     high: float
 
+    @staticmethod
+    def of(bounds: tuple[float, float] | None) -> Interval | None:
+        """From (low, high); None where there is none."""
+        return None if bounds is None else Interval(low=bounds[0], high=bounds[1])
+
 
 class ModelSection(Settings):
     """The model: `weights` counts those of the linears of all blocks."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -154,17 +155,15 @@ def _timed(analysis: Analysis, phase: str, section: Callable[[], Settings]) -> A
     return replace(analysis, report=report)
 
 
-def _sensitivity(analysis: Analysis, count: int, say: Progress) -> SensitivitySection:
+def _sensitivity(analysis: Analysis, probed: int, say: Progress) -> SensitivitySection:
     """Of every linear to the bits of `SENSITIVITY`, on the first draw; probes on the evaluation half of its set."""
     draw, blocks = analysis.draws[0], analysis.report.model.blocks
-    seen = dict.fromkeys(("forward", "backward", "sensitivity"), 0)
+    steps = count(1)
 
     def told(what: str) -> None:
-        phase = what.partition(":")[0].partition(",")[0]
-        seen[phase] = seen.get(phase, 0) + 1
-        say(what, min(sum(seen.values()), 3 * blocks), 3 * blocks)
+        say(what, min(next(steps), 3 * blocks), 3 * blocks)
 
-    probes = Probes(_probe_windows(analysis, draw), count) if count else None
+    probes = Probes(_probe_windows(analysis, draw), probed) if probed else None
     choices = tuple(parse_choice(text) for text in SENSITIVITY)
     found = measure_sensitivity(analysis.source, choices, draw.ids, Run(probes, analysis.recipe, progress=told))
     return sensitivity_section(found, label=draw.name, shape=draw.ids.shape)
@@ -193,37 +192,36 @@ def observe_model(
     model: str,
     out: Path,
     *,
-    budget: str | Budget = "quick",
+    budget: Budget,
     sets: Sequence[str] | None = None,
     recipe: Recipe | None = None,
     progress: Progress | None = None,
 ) -> Analysis:
     """The part of `analyze` before the advice: draws, statistics, and a report that holds them; errors as there."""
     started = time.perf_counter()
-    chosen = budget if isinstance(budget, Budget) else named_budget(budget)
     source = open_source(model)
     adapter = adapter_for(source.config)
-    maker = SetMaker(source, chosen.windows, chosen.window_tokens, out / "samples")
-    specs, notes = _specs(chosen, sets, maker)
+    maker = SetMaker(source, budget.windows, budget.window_tokens, out / "samples")
+    specs, notes = _specs(budget, sets, maker)
     if progress is not None:
         progress("calibration sets", 0, block_count(source.config))
-    draws = tuple(maker.draw(spec, seed) for spec in specs for seed in chosen.seeds)
+    draws = tuple(maker.draw(spec, seed) for spec in specs for seed in budget.seeds)
     drawn = time.perf_counter()
     collector = Collector(source, adapter, [draw.ids for draw in draws])
-    summary = Summary([draw.name for draw in draws], chosen.window_tokens)
+    summary = Summary([draw.name for draw in draws], budget.window_tokens)
     for found in collector.blocks(progress):
         summary.add(found)
     notes += [collector.note] if collector.note else []
     phases = {"sets": drawn - started, "activations": time.perf_counter() - drawn}
     report = Report(
         model=_model(source, adapter),
-        run=_run(chosen.name, chosen.seeds, phases),
+        run=_run(budget.name, budget.seeds, phases),
         sets=tuple(draw.row() for draw in draws),
         outliers=summary.outliers(),
         transfer=summary.transfer(),
         notes=tuple(notes),
     )
-    return Analysis(source, adapter, chosen, recipe, maker, draws, report, summary.tensors)
+    return Analysis(source, adapter, budget, recipe, maker, draws, report, summary.tensors)
 
 
 def finish(analysis: Analysis, out: Path, started: float) -> Report:
@@ -243,16 +241,16 @@ def report_on_target(model: str, reached: TargetResult, out: str | Path) -> Repo
 
     `model` is what was quantized. Raises OSError where a file cannot be written.
     """
-    source = open_source(model)
+    source, allocation = open_source(model), allocation_section(reached)
     report = Report(
         model=_model(source, adapter_for(source.config)),
         run=_run(f"target {reached.target}", (reached.chosen.recipe.seed,), {}),
         sets=(),
         sensitivity=sensitivity_section(reached.sensitivity),
-        allocation=allocation_section(reached),
+        allocation=allocation,
+        recipe_toml=allocation.recipe_toml or "",
     )
-    recipe = report.allocation.recipe_toml if report.allocation is not None else None
-    report = report.model_copy(update={"advice": advise(report), "recipe_toml": recipe or ""})
+    report = report.model_copy(update={"advice": advise(report)})
     write_report(report, Path(out), {})
     return report
 

@@ -73,7 +73,7 @@ def allocation_section(result: TargetResult) -> AllocationSection:
         rows=rows,
         predicted_kl=chosen.predicted_kl,
         measured_kl=chosen.kl,
-        measured_kl_interval=_interval(chosen),
+        measured_kl_interval=Interval.of(chosen.kl_interval),
         bits_per_weight=chosen.bits_per_weight,
         bytes=chosen.bytes,
         points=tuple(_point(f"round {number}", one) for number, one in enumerate(result.rounds, start=1)),
@@ -106,9 +106,5 @@ def _point(label: str, one: Round) -> AllocationPoint:
         bits_per_weight=one.bits_per_weight,
         predicted_kl=one.predicted_kl,
         measured_kl=one.kl,
-        measured_kl_interval=_interval(one),
+        measured_kl_interval=Interval.of(one.kl_interval),
     )
-
-
-def _interval(one: Round) -> Interval | None:
-    return None if one.kl_interval is None else Interval(low=one.kl_interval[0], high=one.kl_interval[1])

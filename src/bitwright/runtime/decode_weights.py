@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from bitwright.runtime import ops
 from bitwright.runtime.cpu import CpuMode, CpuWeight
-from bitwright.runtime.join import concatenate
+from bitwright.runtime.join import concatenate, joined_bias
 from bitwright.runtime.linear import PackedModule, QuantizedLinear, TiedLinear
 
 
@@ -118,7 +118,8 @@ class Product:
         linears = [module for module in modules if isinstance(module, QuantizedLinear)]
         joined = concatenate(linears) if len(linears) == len(modules) > 1 else None
         if joined is not None:
-            return Product((Part(CpuWeight.of(joined), _joined_bias(linears)),))
+            bias = joined_bias(linears)
+            return Product((Part(CpuWeight.of(joined), None if bias is None else plain(bias)),))
         return Product(tuple(Part.of(module) for module in modules))
 
     @property
@@ -144,11 +145,3 @@ class Product:
 def plain(tensor: Tensor) -> Tensor:
     """`tensor` as the kernels read it: float32, contiguous, without a gradient; itself where it is that already."""
     return tensor.detach().to("cpu", torch.float32).contiguous()
-
-
-def _joined_bias(linears: Sequence[QuantizedLinear]) -> Tensor | None:
-    """The biases one below the other, zeros where there is none."""
-    if all(linear.bias is None for linear in linears):
-        return None
-    biases = [torch.zeros(linear.out_features) if linear.bias is None else plain(linear.bias) for linear in linears]
-    return torch.cat(biases)

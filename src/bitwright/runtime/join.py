@@ -22,12 +22,12 @@ def concatenate(linears: Sequence[PackedModule]) -> PackedWeight | None:
     """The matrix whose rows are those of all `linears` (of the same inputs); None where their layouts do not agree:
     other specs, outliers of other types, or a superblock of rows that would hold those of two matrices.
     """
-    joined = _joined_parts(linears)
-    return None if joined is None else PackedWeight.of(joined, linears[0].entry.spec, linears[0].in_features)
+    joined = joined_parts(linears)
+    return None if joined is None else PackedWeight.of(joined[1], linears[0].entry.spec, linears[0].in_features)
 
 
-def _joined_parts(linears: Sequence[PackedModule]) -> dict[str, Tensor] | None:
-    """What the format stores of that matrix."""
+def joined_parts(linears: Sequence[PackedModule]) -> tuple[TensorEntry, dict[str, Tensor]] | None:
+    """The entry of that matrix, and what the format stores of it."""
     spec, in_features = linears[0].entry.spec, linears[0].in_features
     rows = [linear.out_features for linear in linears]
     value_bits = {linear.entry.value_bits for linear in linears if linear.entry.outliers}
@@ -52,7 +52,18 @@ def _joined_parts(linears: Sequence[PackedModule]) -> dict[str, Tensor] | None:
     if value_bits:
         outliers = [_outliers(linear, 8 in value_bits) for linear in linears]
         joined |= pack_outliers(Outliers.concatenate(outliers), (sum(rows), in_features))
-    return {name: part.contiguous() for name, part in joined.items()}
+    count = sum(linear.entry.outliers for linear in linears)
+    entry = TensorEntry(spec, (sum(rows), in_features), count, *(value_bits or {16}))
+    return entry, {name: part.contiguous() for name, part in joined.items()}
+
+
+def joined_bias(linears: Sequence[QuantizedLinear]) -> Tensor | None:
+    """The biases of `linears` one below the other, zeros where there is none; None where none has one."""
+    like = next((linear.bias for linear in linears if linear.bias is not None), None)
+    if like is None:
+        return None
+    biases = [like.new_zeros(one.out_features) if one.bias is None else one.bias.detach() for one in linears]
+    return torch.cat(biases)
 
 
 def _outliers(linear: PackedModule, steps: bool) -> Outliers:
@@ -136,20 +147,16 @@ class JoinedPiece(nn.Module):
 def _whole(linears: Sequence[QuantizedLinear]) -> QuantizedLinear | None:
     """All `linears` as one; None where layouts, sites or types of biases do not agree."""
     first = linears[0]
-    biases = [linear.bias for linear in linears if linear.bias is not None]
-    if any(linear.site != first.site for linear in linears) or len({bias.dtype for bias in biases}) > 1:
+    types = {linear.bias.dtype for linear in linears if linear.bias is not None}
+    if any(linear.site != first.site for linear in linears) or len(types) > 1:
         return None
-    parts = _joined_parts(linears)
-    if parts is None:
+    joined = joined_parts(linears)
+    if joined is None:
         return None
-    rows, outliers = sum(linear.out_features for linear in linears), sum(linear.entry.outliers for linear in linears)
-    value_bits = next((linear.entry.value_bits for linear in linears if linear.entry.outliers), 16)
-    entry = TensorEntry(first.entry.spec, (rows, first.in_features), outliers, value_bits)
+    entry, parts = joined
     whole = QuantizedLinear(entry, device="meta", site=first.site)
     whole.cpu_mode = first.cpu_mode
     whole.load_parts("joined linears", parts)
-    if biases:
-        like = biases[0]
-        every = [like.new_zeros(one.out_features) if one.bias is None else one.bias.detach() for one in linears]
-        whole.bias = nn.Parameter(torch.cat(every), requires_grad=False)
+    bias = joined_bias(linears)
+    whole.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return whole

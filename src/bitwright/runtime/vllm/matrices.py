@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bitwright.formats.native import TensorEntry
 from bitwright.numeric.activation import InputSite
 from bitwright.runtime.cpu import CpuMode
-from bitwright.runtime.join import concatenate
+from bitwright.runtime.join import joined_parts
 from bitwright.runtime.linear import PackedModule
 from bitwright.runtime.vllm.routing import FLOAT_PART, Shard
 
@@ -92,11 +91,10 @@ def packed(shard: Shard, stored: Mapping[str, Tensor]) -> PackedModule:
 
 
 def _joined(modules: list[PackedModule]) -> list[PackedModule]:
-    weight = concatenate(modules) if len(modules) > 1 else None
-    if weight is None:
+    joined = joined_parts(modules) if len(modules) > 1 else None
+    if joined is None:
         return modules
-    value_bits = {module.entry.value_bits for module in modules if module.entry.outliers} or {16}
-    outliers = sum(module.entry.outliers for module in modules)
-    joined = PackedModule(TensorEntry(weight.spec, weight.shape, outliers, *value_bits), device="meta")
-    joined.load_parts("joined", weight.stored())
-    return [joined]
+    entry, parts = joined
+    whole = PackedModule(entry, device="meta")
+    whole.load_parts("joined", parts)
+    return [whole]
