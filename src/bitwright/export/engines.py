@@ -1,8 +1,8 @@
 """What an engine will load, told from a plan: before any work, not after hours of it.
 
 vLLM's rules are those of its compressed-tensors loader (2026): weight-only linears of 4 and 8 bits, 8-bit weights with
-8-bit inputs, one scheme for the linears that it fuses. Where it depends on the version, the kernels or the processor,
-an obstacle is not `certain`.
+8-bit inputs, one scheme for the linears that it fuses. `vllm` means its kernels for GPUs, `vllm-cpu` those for x86
+processors, which are fewer. Where it depends on the version, the kernels or the hardware, an obstacle is not `certain`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from bitwright.rows import Row
 # Linears that vLLM joins into one: all of them need the same scheme.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _GROUP_SIZES = (32, 64, 128)
+# What both sizes of a matrix must be a multiple of for vLLM's kernel for weights of 4 bits on processors.
+_CPU_TILE = 32
 # Sizes that a matrix must be a multiple of for Marlin, vLLM's fastest kernels: out, in.
 _MARLIN_TILE = (64, 128)
 
@@ -45,7 +47,7 @@ def for_engine(
     """What stands in the way of serving the result of a plan with `engine`; empty when nothing does.
 
     Args:
-        engine: "vllm".
+        engine: "vllm" or "vllm-cpu".
         rows: of the plan.
         kv_cache: of the plan.
         embedding: name of the token embedding.
@@ -53,17 +55,21 @@ def for_engine(
     Raises:
         PlanError: another engine.
     """
-    engines: dict[str, Callable[[list[Row], KvSpec | None, str | None], Iterator[Obstacle]]] = {"vllm": _vllm}
+    engines: dict[str, Kernels] = {"vllm": _on_gpu, "vllm-cpu": _on_cpu}
     if engine not in engines:
         raise PlanError(f"engine {engine!r} is not known; needed one of {', '.join(engines)}")
-    return list(engines[engine](list(rows), kv_cache, embedding))
+    return list(_vllm(engines[engine], list(rows), kv_cache, embedding))
 
 
-def _vllm(rows: list[Row], kv_cache: KvSpec | None, embedding: str | None) -> Iterator[Obstacle]:
+Kernels = Callable[[Row, WeightSpec], Iterable[Obstacle]]
+"""What the kernels for weights alone do not take of a matrix."""
+
+
+def _vllm(kernels: Kernels, rows: list[Row], kv_cache: KvSpec | None, embedding: str | None) -> Iterator[Obstacle]:
     for row in rows:
         if row.action != "quantize" or row.spec is None:
             continue
-        found = next(_row_obstacles(row, row.spec), None)
+        found = next(_row_obstacles(kernels, row, row.spec), None)
         if found is None and row.module == embedding:
             reason = "is an embedding, which only recent versions read quantized"
             found = Obstacle(row.module, reason, "keep embeddings in float", certain=not row.spec.symmetric)
@@ -75,7 +81,7 @@ def _vllm(rows: list[Row], kv_cache: KvSpec | None, embedding: str | None) -> It
         yield Obstacle("the KV cache", reason, "leave kv out of the scheme and start vLLM with kv_cache_dtype=fp8")
 
 
-def _row_obstacles(row: Row, spec: WeightSpec) -> Iterator[Obstacle]:
+def _row_obstacles(kernels: Kernels, row: Row, spec: WeightSpec) -> Iterator[Obstacle]:
     """The obstacles of one matrix, the plainest first."""
     shape = (row.shape[0], row.shape[1])
     if (problem := refusal(TensorEntry(spec, shape), odd_bits=True)) is not None:
@@ -85,11 +91,19 @@ def _row_obstacles(row: Row, spec: WeightSpec) -> Iterator[Obstacle]:
         yield Obstacle(row.module, "may keep outliers, which have no place there", "set outliers to none")
     if row.hadamard:
         yield Obstacle(row.module, "has its input rotated at run time", "set rotate.online_down=false")
-    obstacles = _weight_only(row, spec) if row.activation is None else _with_inputs(row, spec, row.activation)
-    yield from obstacles
+    yield from kernels(row, spec) if row.activation is None else _with_inputs(row, spec, row.activation)
 
 
-def _weight_only(row: Row, spec: WeightSpec) -> Iterator[Obstacle]:
+def _on_cpu(row: Row, spec: WeightSpec) -> Iterator[Obstacle]:
+    if spec.bits != 4:
+        reason = f"has {spec.bits} bits; the only kernel for weights alone on x86 processors takes 4"
+        yield Obstacle(row.module, reason, "use w4a16, w8a8, or serve the native folder with the plugin")
+    if any(size % _CPU_TILE for size in row.shape):
+        reason = f"is {list(row.shape)}; the kernel for processors needs multiples of {_CPU_TILE}"
+        yield Obstacle(row.module, reason, "keep it in float, or serve the native folder with the plugin")
+
+
+def _on_gpu(row: Row, spec: WeightSpec) -> Iterator[Obstacle]:
     if spec.bits not in (4, 8):
         reason = f"has {spec.bits} bits, {'symmetric' if spec.symmetric else 'asymmetric'}"
         if not spec.symmetric:

@@ -21,7 +21,7 @@ from bitwright.numeric.outliers import NoOutliers
 from bitwright.plan import Plan
 
 Target = Literal["compressed-tensors", "gguf", "gptq", "awq", "hf"]
-Engine = Literal["vllm"]
+Engine = Literal["vllm", "vllm-cpu"]
 
 
 def export_model(

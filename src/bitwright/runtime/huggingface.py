@@ -104,8 +104,23 @@ class BitwrightQuantizer(HfQuantizer):
                 self._needed[f"{name}.bias"] = None
         for head, embedding in config.tied.items():
             model.set_submodule(head, _tied_head(head, _find(model, head), _find(model, embedding)))
-        _refuse_unknown_parts(kwargs.get("checkpoint_files") or [], config.entries)
+        files = kwargs.get("checkpoint_files") or []
+        _refuse_unknown_parts(files, config.entries)
+        self._check_headers(files, model.base_model_prefix)
         return model
+
+    def _check_headers(self, files: list[str], prefix: str) -> None:
+        """What `get_new_dtype` checks, for versions of transformers before 5.20, which do not call it.
+
+        These leave a stored tensor as it is where it has the type of the buffer, so what is checked is not cast.
+        """
+        for file in (file for file in files if file.endswith(".safetensors")):
+            with safe_open(file, framework="pt") as opened:
+                for stored in opened.keys():  # noqa: SIM118 (it is no mapping)
+                    # A head's checkpoint may be opened without the head, and the other way round.
+                    names = {stored, stored.removeprefix(f"{prefix}."), f"{prefix}.{stored}"}
+                    for name in names & self._needed.keys():
+                        self._check(name, opened.get_slice(stored))
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Type to which a stored tensor is cast: None, as it is, for the parts of packed modules.
@@ -116,16 +131,21 @@ class BitwrightQuantizer(HfQuantizer):
             FormatError: a part has another shape or type than config.json says.
         """
         name = converter.target_patterns[0]
+        packed = self._check(name, param)
+        return None if packed else super().get_new_dtype(converter, param, dtype)
+
+    def _check(self, name: str, param: Any) -> bool:
+        """Note that the tensor is there; True, after a look at its header, if it is a part of a packed module."""
         self._found.add(name)
         layout = self._needed.get(name)
         if layout is None:
-            return super().get_new_dtype(converter, param, dtype)
+            return False
         if isinstance(param, torch.Tensor):
             found = (tuple(param.shape), param.dtype)
         else:
             found = (tuple(param.get_shape()), _HEADER_DTYPES.get(param.get_dtype(), param.get_dtype()))
         check_part(name, *found, layout)
-        return None
+        return True
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         missing = sorted(self._needed.keys() - self._found)

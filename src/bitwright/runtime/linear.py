@@ -55,8 +55,13 @@ class PackedModule(nn.Module):
             return None
         return self._held.get(kernel, [buffer for buffer in self._buffers.values() if buffer is not None], self.packed)
 
-    def product(self, x: Tensor, bias: Tensor | None, mode: CpuMode) -> Tensor:
-        """`x` [..., in] times the transposed weight, plus `bias` [out]; `mode` only matters to the compiled kernels."""
+    def product(self, x: Tensor, bias: Tensor | None, mode: CpuMode, site: InputSite | None = None) -> Tensor:
+        """`x` [..., in] times the transposed weight, plus `bias` [out].
+
+        `mode` only matters to the compiled kernels; `site` is what `at_site` left to those that quantize `x`.
+        """
+        if site is not None:
+            return ops.site_linear(x, self.packed(), bias, site)
         # What is not plain and right goes through the operator, whose checks say what is wrong.
         fits = direct(x) and x.dtype in CpuWeight.DTYPES and x.dim() > 0 and x.shape[-1] == self.in_features
         weight = self.cpu_weight() if fits else None
@@ -97,6 +102,15 @@ class PackedModule(nn.Module):
         return self
 
 
+def at_site(x: Tensor, site: InputSite | None) -> tuple[Tensor, InputSite | None]:
+    """`x` as a product receives it, and the site if kernels of its device may quantize `x` themselves."""
+    if site is None:
+        return x, None
+    if site.activation is not None and ops.quantizes_inputs(x.device):
+        return (x if site.transform is None else hadamard_blocks(x)), site
+    return site.apply(x), None
+
+
 class QuantizedLinear(PackedModule):
     """`nn.Linear` over packed weights; the optional `bias` [out] is a plain parameter.
 
@@ -132,13 +146,8 @@ class QuantizedLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in] to [..., out] of the type of `x`."""
-        site = self.site
-        if site is not None and site.activation is not None and ops.quantizes_inputs(x.device):
-            x = x if site.transform is None else hadamard_blocks(x)
-            return ops.site_linear(x, self.packed(), self.bias, site)
-        if site is not None:
-            x = site.apply(x)
-        return self.product(x, self.bias, self.cpu_mode)
+        x, left = at_site(x, self.site)
+        return self.product(x, self.bias, self.cpu_mode, left)
 
     def extra_repr(self) -> str:
         """As other packed modules, and the site."""

@@ -13,7 +13,7 @@ from torch.nn import functional
 from bitwright.numeric.activation import InputSite
 from bitwright.runtime.cpu import CpuMode
 from bitwright.runtime.join import joined_parts
-from bitwright.runtime.linear import PackedModule
+from bitwright.runtime.linear import PackedModule, at_site
 from bitwright.runtime.vllm.routing import FLOAT_PART, Shard
 
 
@@ -28,8 +28,8 @@ class FloatMatrix(nn.Module):
         self.register_buffer("weight", weight)
         self.out_features = weight.shape[0]
 
-    def product(self, x: Tensor, bias: Tensor | None, mode: CpuMode) -> Tensor:
-        """`x` [..., in] times the transposed weight, plus `bias` [out]; `mode` does not matter."""
+    def product(self, x: Tensor, bias: Tensor | None, mode: CpuMode, site: None = None) -> Tensor:
+        """`x` [..., in] times the transposed weight, plus `bias` [out]; `mode` does not matter, and it has no site."""
         return functional.linear(x, self.weight, bias)
 
 
@@ -60,12 +60,12 @@ class Matrices(nn.Module):
         products: list[Tensor] = []
         first = 0
         for site, group in zip(self.sites, self.groups, strict=True):
-            inputs = x if site is None else site.apply(x)
+            inputs, left = at_site(x, site)
             matrices: Any = group
             for matrix in matrices:
                 shift = None if bias is None else bias[first : first + matrix.out_features]
                 first += matrix.out_features
-                products.append(matrix.product(inputs, shift, self.mode))
+                products.append(matrix.product(inputs, shift, self.mode, left))
         return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
 
