@@ -4,6 +4,7 @@
 #   benchmarks/clients.sh                                       all formats, all clients
 #   benchmarks/clients.sh --clients vllm --formats spqr-w3a16   (see --help)
 #   benchmarks/clients.sh throughput                            vLLM, 16 requests at a time: SpQR beside float
+#   benchmarks/clients.sh gguf                                  files by bitwright beside llama.cpp's own quantizer
 #
 # Environments that exist are used again. To use others, name their Pythons: CLIENTS_PYTHON (bitwright's own),
 # CLIENTS_VLLM_PYTHON, CLIENTS_TRANSFORMERS_PYTHON (both with bitwright installed), CLIENTS_LLAMA_PYTHON.
@@ -82,9 +83,16 @@ if [ "${1:-}" = throughput ]; then
   [ -d "$work/float" ] || PYTHONPATH=benchmarks "$own" -m clients.float_folder "$work/float"
   PYTHONPATH=benchmarks exec "$python" -m clients.throughput "$work/float" "$native" "$@"
 fi
-if wants vllm "$@"; then
+if [ "${1:-}" = gguf ]; then
+  shift
+  CLIENTS_LLAMA_PYTHON=${CLIENTS_LLAMA_PYTHON:-$(environment llama)}
+  export CLIENTS_LLAMA_PYTHON
+  PYTHONPATH=benchmarks exec "$own" -m clients.gguf_files "$@"
+fi
+if wants vllm "$@" || wants openai "$@"; then
   CLIENTS_VLLM_PYTHON=${CLIENTS_VLLM_PYTHON:-$(environment vllm)}
-  export CLIENTS_VLLM_PYTHON
+  CLIENTS_OPENAI_PYTHON=$CLIENTS_VLLM_PYTHON
+  export CLIENTS_VLLM_PYTHON CLIENTS_OPENAI_PYTHON
 fi
 if wants transformers "$@"; then
   CLIENTS_TRANSFORMERS_PYTHON=${CLIENTS_TRANSFORMERS_PYTHON:-$(environment transformers)}

@@ -40,7 +40,7 @@ def main() -> None:
     """Print the table, row by row."""
     arguments = parse_arguments()
     bench = prepare(arguments)
-    squares = mean_squares(bench)
+    squares = mean_squares(load_model(str(bench.inputs.model)).model, bench.calibration.ids)
     print(f"| {' | '.join(HEADINGS)} |")
     print("|---" * len(HEADINGS) + "|", flush=True)
     for bits in arguments.bits:
@@ -72,9 +72,9 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     return ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head")
 
 
-def mean_squares(bench: Bench) -> dict[str, Tensor]:
-    """Mean of x^2 for every column of every linear on the calibration windows, float32 [in]."""
-    model, found = load_model(str(bench.inputs.model)).model, {}
+def mean_squares(model: nn.Module, windows: Tensor) -> dict[str, Tensor]:
+    """Mean of x^2 for every column of every linear of the blocks over `windows` [windows, tokens], float32 [in]."""
+    found: dict[str, Tensor] = {}
 
     def look(name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         found[name] = found.get(name, 0) + arguments[0].flatten(0, -2).square().sum(0, dtype=torch.float64)
@@ -82,9 +82,9 @@ def mean_squares(bench: Bench) -> dict[str, Tensor]:
     for name, module in linears(model):
         module.register_forward_pre_hook(partial(look, name))
     with torch.no_grad():
-        for ids in bench.calibration.ids:
+        for ids in windows:
             model(ids[None])
-    return {name: (total / bench.calibration.ids.numel()).float() for name, total in found.items()}
+    return {name: (total / windows.numel()).float() for name, total in found.items()}
 
 
 def theirs(bench: Bench, bits: int, stand_in: str | None, importance: dict[str, Tensor] | None) -> Result:

@@ -49,8 +49,8 @@ class Client(Protocol):
         """Negative log probability in nats of every token of `ids` but the first."""
 
 
-def answer(load: Callable[[str], Client]) -> None:
-    """The program of a client: read the job named first, write the answer named second."""
+def answer(load: Callable[[str], Client], close: Callable[[], None] = lambda: None) -> None:
+    """The program of a client: read the job named first, write the answer named second, and `close` what it opened."""
     job, out = Job(**json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2])
     found = Answer()
     try:
@@ -66,6 +66,7 @@ def answer(load: Callable[[str], Client]) -> None:
     except Exception as error:  # noqa: BLE001 (whatever a client says is the answer)
         words = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
         found.error = f"{type(error).__name__}: {words[0]}"
+    close()
     out.write_text(json.dumps(asdict(found)))
     sys.stdout.flush()
     # Clients leave threads and processes behind that would keep this one waiting.

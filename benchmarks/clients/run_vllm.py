@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from clients.contract import answer
+from clients.server import SETTINGS, dtype_of
 
-# Its processes take all processors unless told, and its memory for the KV cache likewise.
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 # Errors arrive as they are, and the model can be looked at.
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.update({**SETTINGS, "VLLM_LOGGING_LEVEL": "ERROR", **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
 
 
 class Vllm:
@@ -23,10 +19,7 @@ class Vllm:
         """Load `model`."""
         from vllm import LLM
 
-        config = json.loads((Path(model) / "config.json").read_text())
-        native = config["quantization_config"]["quant_method"] == "bitwright"
-        # Its own kernels for 4 bits on processors have no float32.
-        dtype = "float32" if native else "bfloat16"
+        dtype = dtype_of(Path(model))
         self._llm = LLM(model=model, dtype=dtype, max_model_len=1024, enforce_eager=True, seed=0)
         self.kernel = f"{self._llm.apply_model(_kernel)[0]}, {dtype}"
 

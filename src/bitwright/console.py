@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from bitwright.analyze.model import Report
+from bitwright.analyze.needs import AnalysisNeeds
 from bitwright.analyze.target import TargetResult
 from bitwright.analyze.thresholds import Breach
 from bitwright.bench import Bench
@@ -215,6 +216,12 @@ def show_reached(reached: TargetResult) -> None:
         console.print(f"round {number}: {one.bits_per_weight:.3f} bits per weight, {said}", highlight=False)
     for line in (reached.verdict, *reached.notes):
         console.print(escape(line), highlight=False)
+
+
+def show_needs(needs: AnalysisNeeds) -> None:
+    """One line before an analysis: what it does, and what that will take."""
+    took = f"{duration(needs.seconds)}, peak memory {size(needs.peak_rss_bytes)}"
+    console.print(f"{', '.join(needs.parts)}. Expected: {took}.", highlight=False)
 
 
 def show_analysis(report: Report, out: Path, broken: Sequence[Breach]) -> None:

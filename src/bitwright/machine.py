@@ -22,7 +22,7 @@ _SECONDS_PER_BYTE = 1e-9
 # Float temporaries of a range search for each thread: the chunk, its buffers, its outlier masks.
 _THREAD_BYTES = 16 * 4 * CHUNK_WEIGHTS
 # What attention, norms and narrow matrices add to the operations of a block's linears, in time.
-_OVERHEAD = 1.6
+BLOCK_OVERHEAD = 1.6
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def estimate(plan: Plan, workers: int | None = None) -> Estimate:
     finished = max((sum(row.bytes for row in unit.rows) for unit in plan.units), default=0)
     peak = current_rss_bytes() + working + waiting + finished + workers * _THREAD_BYTES
     if plan.inputs is not None:
-        seconds += _calibration_operations(plan) / _operations_per_second(workers)
+        seconds += _calibration_operations(plan) / operations_per_second(workers)
         peak += _calibration_bytes(plan)
     return Estimate(seconds, peak, plan.bytes, workers)
 
@@ -80,7 +80,7 @@ def _calibration_operations(plan: Plan) -> float:
                     # panels of half a symmetric product; cross moments are not symmetric
                     total += (1.2 + (2.0 if plan.inputs.correction else 0.0)) * tokens * in_features**2
                 total += 2.0 * in_features**3 + 2.0 * out_features * in_features**2
-    return _OVERHEAD * total
+    return BLOCK_OVERHEAD * total
 
 
 def _passes(plan: Plan) -> float:
@@ -107,7 +107,7 @@ def _calibration_bytes(plan: Plan) -> int:
     return 2 * block + max(head, 4 * 12 * tokens * widest + 5 * 8 * widest**2)
 
 
-def _operations_per_second(workers: int) -> float:
+def operations_per_second(workers: int) -> float:
     """Of a float32 matrix product, right now."""
     matrix = torch.ones(768, 768)
     with torch_threads(workers):

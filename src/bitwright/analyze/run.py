@@ -79,7 +79,7 @@ BUDGETS = {
     for budget in (
         Budget("quick", 8, 256, (0,), ("text", "nonsense")),
         Budget("standard", 16, 256, (0, 1, 2), _SETS, probes=0),
-        Budget("full", 16, 512, (0, 1, 2), _SETS, probes=48, matrix=MATRIX),
+        Budget("full", 16, 256, (0, 1, 2), _SETS, probes=48, matrix=MATRIX),
     )
 }
 
