@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import gguf
+import numpy as np
 from transformers import AutoTokenizer
 
 import bitwright
@@ -31,12 +33,14 @@ PROMPTS = (
     "def fibonacci(n):",
     "The laws of thermodynamics state that",
 )
+# The same weights in float32: llama.cpp rounds inputs of quantized matrices to 8 bits, those of floats it does not.
+FLOATS = "gguf, decoded"
 # What each client opens. Native folders need bitwright beside the client.
 OPENS = {
     "vllm": ("native", "compressed-tensors", "gptq"),
     "openai": ("native", "compressed-tensors"),
     "transformers": ("native", "compressed-tensors"),
-    "llama": ("gguf",),
+    "llama": ("gguf", FLOATS),
 }
 # Environment variables that name the clients' Pythons; clients.sh sets them.
 PYTHONS = {client: f"CLIENTS_{client.upper()}_PYTHON" for client in OPENS}
@@ -135,8 +139,29 @@ def _artefacts(form: Format, native: Path) -> Iterator[tuple[str, Path | str]]:
             if not path.exists():
                 export_model(native, path, kind)
             yield kind, path
+            if kind == "gguf":
+                yield FLOATS, _decoded(path)
         except BitwrightError as error:
             yield kind, f"no export: {error}"
+
+
+def _decoded(path: Path) -> Path:
+    """A copy of the .gguf file `path` with every weight in float32, made where it is missing, by the gguf package."""
+    out = path.with_name(f"{path.stem}-decoded.gguf")
+    if out.exists():
+        return out
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(out.with_suffix(".partial"), reader.fields["general.architecture"].contents())
+    for key, value in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            writer.add_key_value(key, value.contents(), value.types[0], value.types[-1])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out.with_suffix(".partial").rename(out)
 
 
 def _planned(form: Format) -> str:
