@@ -80,6 +80,11 @@ def show_plan(plan: Plan, needs: Estimate, every_row: bool) -> None:
         bits = f"{8 * nbytes / weights:.3f}" if weights else ""
         table.add_row(label, shape, rows[0].rule, _becomes(rows[0]), str(len(rows)), bits, size(nbytes))
     console.print(table)
+    if plan.kv_cache is not None:
+        fixed = " with fixed scales for the keys and the values of each block, from calibration"
+        console.print(
+            f"KV cache: {plan.kv_cache.label()}{fixed if plan.kv_cache.grid == 'fp8' else ''}.", highlight=False
+        )
     show_expectation(plan, needs, console)
 
 

@@ -7,6 +7,7 @@ tensor is next and where its bytes go. Calibrated ones bring the Hessian of the 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from bitwright.checkpoint.shard import tensor_sha256
 from bitwright.checkpoint.source import Source
 from bitwright.errors import FormatError, WeightError
 from bitwright.formats.native import TensorEntry, pack, unpack
+from bitwright.numeric.fp8 import KvScales
 from bitwright.numeric.measure import sqnr_db, squared_error
 from bitwright.numeric.outliers import NoOutliers, NSigma
 from bitwright.numeric.qtensor import QTensor
@@ -29,6 +31,9 @@ from bitwright.rows import Row
 
 Record = dict[str, Any]
 """What the manifest says of one tensor."""
+
+KEYS = ".k_proj.weight"
+"""End of the tensor that stands for its attention."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,12 @@ def stored_entry(row: Row, record: Record) -> TensorEntry:
     assert row.spec is not None
     shape = (row.shape[0], row.shape[1])
     return TensorEntry(row.spec, shape, record["outliers"], record["outlier_value_bits"])
+
+
+def recorded_kv_scales(records: Iterable[Mapping[str, Any]]) -> dict[str, KvScales]:
+    """The scales of an fp8 KV cache by attention, from the greatest magnitudes that keys' linears recorded."""
+    found = {record["tensor"].removesuffix(KEYS): record["kv_absmax"] for record in records if "kv_absmax" in record}
+    return {attention: KvScales.of(*absmax) for attention, absmax in found.items()}
 
 
 def _check_finite(tensor: Tensor, name: str) -> None:

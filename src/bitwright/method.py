@@ -7,7 +7,7 @@ settings for some bit widths, its file has them as `[[cases]]`.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import resources
 from typing import Annotated, Any, Literal
 
@@ -99,8 +99,9 @@ class Method(Settings):
 
     @property
     def calibrated(self) -> bool:
-        """Whether the method needs to see the inputs of the linears."""
-        return self.prepares or isinstance(self.rounding, Gptq) or self.activations.granularity == "tensor"
+        """Whether the method needs to see the inputs of the linears, or keys and values."""
+        fixed = self.activations.granularity == "tensor" or self.activations.kv.grid == "fp8"
+        return self.prepares or isinstance(self.rounding, Gptq) or fixed
 
     @property
     def prepares(self) -> bool:
@@ -228,6 +229,15 @@ def activation_spec(method: Method, scheme: Scheme) -> ActivationSpec | None:
     if scheme.activation_bits == 16:
         return None
     return ActivationSpec(bits=scheme.activation_bits, **method.activations.model_dump(exclude={"kv"}))
+
+
+def kv_refusal(method: Method, schemes: Collection[Scheme]) -> str | None:
+    """Why the KV cache of `schemes`, those that a recipe names, cannot be on the grid of `method`; None if it can."""
+    bits = {scheme.kv_bits for scheme in schemes} - {16}
+    if method.activations.kv.grid == "int" or bits == {8}:
+        return None
+    asked = "no kv" if not bits else ", ".join(f"kv{number}" for number in sorted(bits))
+    return f"activations.kv.grid=fp8 has 8 bits, and the scheme says {asked}: write kv8, such as w4a16kv8g128"
 
 
 def kv_spec(method: Method, scheme: Scheme) -> KvSpec | None:

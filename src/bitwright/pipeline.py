@@ -37,7 +37,7 @@ from bitwright.errors import FallbackError, FormatError, ResumeError
 from bitwright.execute.local import ahead, default_workers, torch_threads
 from bitwright.execute.memory import peak_rss_bytes
 from bitwright.formats.native import FORMAT_VERSION, Sites, quantization_config
-from bitwright.journey import Outcome, Record, process_row, read_row, stored_entry
+from bitwright.journey import Outcome, Record, process_row, read_row, recorded_kv_scales, stored_entry
 from bitwright.machine import Estimate, check_machine, estimate
 from bitwright.plan import Plan, make_plan, rotated_as_asked
 from bitwright.recipe import Recipe, as_recipe
@@ -345,7 +345,7 @@ def _quantization_config(plan: Plan, records: Sequence[Mapping[str, Any]]) -> di
     entries = {row.module: stored_entry(row, dict(details[row.tensor])) for row in rows}
     sites = {row.module: row.input_site(details[row.tensor].get("input_range")) for row in rows}
     inputs = {module: site for module, site in sites.items() if site is not None}
-    config = quantization_config(entries, sites=Sites(inputs, plan.kv_cache))
+    config = quantization_config(entries, sites=Sites(inputs, plan.kv_cache, recorded_kv_scales(records)))
     if plan.tied_head is not None:
         config["tied"] = {plan.tied_head: plan.adapter.embedding}
     return config

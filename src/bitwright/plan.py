@@ -23,7 +23,7 @@ from bitwright.checkpoint.source import Source
 from bitwright.errors import FormatError, PlanError
 from bitwright.formats.gguf import gguf_grid
 from bitwright.formats.native import TensorEntry, packed_bytes
-from bitwright.method import Inputs, Method, activation_spec, kv_spec, weight_spec
+from bitwright.method import Inputs, Method, activation_spec, kv_refusal, kv_spec, weight_spec
 from bitwright.models import adapter_for
 from bitwright.models.adapter import Adapter, block_count
 from bitwright.numeric.activation import ActivationSpec, KvSpec
@@ -344,6 +344,10 @@ class _Planner:
         return activation
 
     def _check_kv_cache(self, scheme: Scheme, method: Method) -> None:
+        schemes = [scheme] if scheme.kv_bits < 16 else [*self._schemes(), scheme]
+        if (problem := kv_refusal(method, schemes)) is not None:
+            self._refuse(problem)
+            return
         kv_cache = kv_spec(method, scheme)
         if kv_cache is None:
             return
@@ -358,6 +362,10 @@ class _Planner:
                 "the model has one: let the rules agree, or only one of them name it"
             )
         self.kv_cache = self.kv_cache or kv_cache
+
+    def _schemes(self) -> list[Scheme]:
+        """Those that the recipe names, whichever rule they are of."""
+        return [scheme for scheme in (self.recipe.scheme, *(rule.scheme for rule in self.recipe.rules)) if scheme]
 
     def _refuse(self, complaint: str) -> None:
         if complaint not in self.refusals:

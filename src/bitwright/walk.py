@@ -10,7 +10,9 @@ that an earlier run has finished is replayed from its shard, so a resumed job se
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,15 +26,18 @@ from bitwright.calibration.hessians import HessianPass, Reference
 from bitwright.calibration.stream import Stream
 from bitwright.checkpoint.shard import read_shard, write_shard, write_text
 from bitwright.checkpoint.source import Source
+from bitwright.errors import CalibrationError
 from bitwright.execute.stopwatch import Stopwatch
 from bitwright.formats import layout
 from bitwright.formats.native import unpack
-from bitwright.journey import Outcome, Record, process_row, stored_entry
+from bitwright.journey import KEYS, Outcome, Record, process_row, recorded_kv_scales, stored_entry
 from bitwright.method import Inputs
 from bitwright.numeric.activation import InputSite
+from bitwright.numeric.fp8 import KvScales
 from bitwright.plan import Plan
 from bitwright.prepare import Block, Preparation, Prepared
 from bitwright.rows import Row, Unit
+from bitwright.runtime.attention import watched_kv
 from bitwright.runtime.sites import input_sites, quantized_activations
 from bitwright.shares import model_wide_shares, spends_model_wide
 
@@ -77,7 +82,8 @@ class Walk:
         prefix = self.plan.adapter.block_prefix(unit.block)
         rows = {row.tensor.removeprefix(prefix): row for row in unit.rows}
         ranges = {record["tensor"].removeprefix(prefix): record.get("input_range") for record in records}
-        with quantized_activations(block, _sites(rows, ranges), self.plan.kv_cache):
+        scales = {name.removeprefix(prefix): pair for name, pair in recorded_kv_scales(records).items()}
+        with self._quantized(block, rows, ranges, scales):
             runner.advance(unit.block, block, stream)
 
     def process(self, unit: Unit, values: Values) -> Iterator[tuple[Row, Outcome]]:
@@ -97,8 +103,12 @@ class Walk:
         ranges = self._input_ranges(unit.block, block, rows)
         for name, extremes in ranges.items():
             tensors[name][1]["input_range"] = list(extremes)
+        absmax = self._kv_absmax(unit.block, block)
+        for attention, pair in absmax.items():
+            tensors[attention + KEYS][1]["kv_absmax"] = pair
+        scales = {attention: KvScales.of(*pair) for attention, pair in absmax.items()}
         reference = self._reference(unit.block, block)
-        with quantized_activations(block, _sites(rows, ranges), self.plan.kv_cache):
+        with self._quantized(block, rows, ranges, scales):
             for row, outcome in self._rounded(unit, block, rows, tensors, prepared, reference):
                 self._install(block, unit, decoded_tensors([row], outcome.parts, [outcome.record]))
                 yield row, outcome
@@ -108,6 +118,18 @@ class Walk:
             reference.close()
             outputs = outputs or reference.outputs
         self._advance_float(outputs)
+
+    def _quantized(
+        self,
+        block: nn.Module,
+        rows: Mapping[str, Row],
+        ranges: Mapping[str, tuple[float, float] | None],
+        scales: Mapping[str, KvScales],
+    ) -> AbstractContextManager[None]:
+        """Within, `block` computes as the finished model will, unless the stream is that of the float model."""
+        if self.inputs.stream == "float":
+            return nullcontext()
+        return quantized_activations(block, _sites(rows, ranges), self.plan.kv_cache, scales)
 
     def _rounded(
         self,
@@ -168,6 +190,25 @@ class Walk:
         with self.watch.phase("ranges of inputs"), input_sites(block, _sites(static, {}, learning=True)):
             found = input_extremes(self._runner, index, block, self._stream, linears)
         return {f"{name}.weight": extremes for name, extremes in found.items()}
+
+    @torch.no_grad()
+    def _kv_absmax(self, index: int, block: nn.Module) -> dict[str, list[float]]:
+        """Greatest magnitudes of keys and values by attention, where the KV cache has fixed scales, else none."""
+        if self.plan.kv_cache is None or self.plan.kv_cache.grid != "fp8":
+            return {}
+        assert self._runner is not None
+        assert self._stream is not None
+        self.say(f"ranges of the keys and values of block {index}")
+        with self.watch.phase("ranges of keys and values"), watched_kv(block) as seen:
+            for hidden in self._stream:
+                self._runner.run(index, block, hidden)
+        for attention, absmax in seen.items():
+            if not all(map(math.isfinite, absmax)):
+                raise CalibrationError(
+                    f"{attention} of block {index}: keys and values reach {absmax}, needed finite magnitudes; check "
+                    "the checkpoint's weights, or leave kv out of the scheme"
+                )
+        return seen
 
     def _outputs(self, index: int, block: nn.Module) -> Stream | None:
         """The float model's outputs of `block`, whose weights are still the float ones; None where nobody asks."""

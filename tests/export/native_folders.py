@@ -14,6 +14,7 @@ from bitwright.checkpoint.manifest import write_manifest
 from bitwright.checkpoint.shard import write_shard
 from bitwright.formats.native import Sites, TensorEntry, pack, quantization_config
 from bitwright.numeric.activation import InputSite, KvSpec
+from bitwright.numeric.fp8 import KvScales
 from bitwright.numeric.qtensor import QTensor
 from bitwright.numeric.spec import WeightSpec
 from bitwright.runtime.huggingface import register
@@ -21,6 +22,7 @@ from bitwright.runtime.huggingface import register
 IDS = torch.tensor([[1, 5, 9, 2, 30, 7, 8, 3]])
 SPEC = WeightSpec(bits=4, group_size=32)
 EMBEDDING = "model.embed_tokens"
+KV_SCALES = {f"model.layers.{n}.self_attn": KvScales.of(0.9 + n, 0.1 * (n + 1)) for n in (0, 1)}
 
 
 def tiny_llama(tied: bool = False) -> LlamaForCausalLM:
@@ -58,7 +60,9 @@ class NativeFolders:
         outlier_share: float = 0.0,
         tied: bool = False,
     ) -> Path:
-        """`specs` and `sites` are asked for every linear in the blocks, the head and, when `tied`, the embedding."""
+        """`specs` and `sites` are asked for every linear in the blocks, the head and, when `tied`, the embedding; an
+        fp8 `kv_cache` gets KV_SCALES.
+        """
         folder = self.place / f"native-{len(list(self.place.iterdir()))}"
         folder.mkdir()
         model = tiny_llama(tied)
@@ -82,11 +86,12 @@ class NativeFolders:
                 tensors[name] = tensor.half()
                 records.append({"tensor": name, "action": "keep"})
         ties = {"lm_head": EMBEDDING} if shared else None
+        scales = KV_SCALES if kv_cache is not None and kv_cache.grid == "fp8" else {}
         config = model.config.to_dict() | {
             "architectures": ["LlamaForCausalLM"],
             "dtype": "float16",
             "tie_word_embeddings": tied and not shared,
-            "quantization_config": quantization_config(entries, ties, Sites(inputs, kv_cache)),
+            "quantization_config": quantization_config(entries, ties, Sites(inputs, kv_cache, scales)),
         }
         config.pop("torch_dtype", None)
         (folder / "config.json").write_text(json.dumps(config))

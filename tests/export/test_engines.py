@@ -100,6 +100,8 @@ def test_embedding_and_kv_cache() -> None:
     assert "embedding" in found.reason
     assert not found.certain
     assert "fp8" in only([], kv_cache=KvSpec(bits=4)).reason
+    for engine in ("vllm", "vllm-cpu"):
+        assert for_engine(engine, [], kv_cache=KvSpec(bits=8, grid="fp8")) == []
 
 
 def test_outliers_of_a_real_plan(tiny_llama_folder: Path) -> None:

@@ -108,3 +108,18 @@ def test_a_plan_tells_what_an_engine_will_refuse(
     spqr = ("plan", str(tiny_llama_folder), "--method", "spqr", "--scheme", "w3a16", "--for", "vllm")
     assert run(monkeypatch, *spqr) == 2
     assert "vllm refuses" in capsys.readouterr().out
+
+
+def test_a_cache_is_refused_before_any_work(tiny_llama_folder: Path) -> None:
+    def planned(scheme: str, *settings: str) -> bitwright.Plan:
+        recipe = bitwright.load_recipe("rtn", scheme, overrides=list(settings))
+        return bitwright.plan(str(tiny_llama_folder), recipe=recipe)
+
+    for target in ("compressed-tensors", "gptq"):
+        with pytest.raises(FormatError, match="the KV cache is kv8-asym-after"):
+            refuse_early(planned("w4a16kv8g32"), target)
+    refuse_early(planned("w4a16kv8g32"), "hf")
+    fixed = planned("w4a16kv8g32", "activations.kv.grid=fp8")
+    refuse_early(fixed, "compressed-tensors")
+    with pytest.raises(FormatError, match="the KV cache is kv8-fp8, for which gptq has no place"):
+        refuse_early(fixed, "gptq")

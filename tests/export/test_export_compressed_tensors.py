@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_folders import IDS, NativeFolders, load, logits
+from native_folders import IDS, KV_SCALES, NativeFolders, load, logits
 from safetensors.torch import load_file
 from transformers import CompressedTensorsConfig
 
@@ -17,6 +17,7 @@ from bitwright.errors import FormatError, ResumeError
 from bitwright.export.compressed_tensors import export_compressed_tensors
 from bitwright.export.folder import NativeFolder
 from bitwright.export.importing import import_folder
+from bitwright.export.targets import export_model
 from bitwright.formats.compressed_tensors import PACKED, pack
 from bitwright.inspect import inspect
 from bitwright.numeric.activation import ActivationSpec, InputSite, KvSpec
@@ -25,6 +26,7 @@ from bitwright.numeric.spec import Bilevel, WeightSpec
 DYNAMIC = InputSite(activation=ActivationSpec(bits=8, symmetric=True))
 STATIC = InputSite(activation=ActivationSpec(bits=8, granularity="tensor"), scale=0.03125, zero=113)
 W8 = WeightSpec(bits=8, symmetric=True)
+FP8 = KvSpec(bits=8, grid="fp8")
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -112,6 +114,38 @@ def test_shared_embedding_becomes_float_if_allowed(native_folder: NativeFolders,
     assert config["quantization_config"]["ignore"] == ["lm_head", "model.embed_tokens"]
     import_folder(tmp_path / "ct", tmp_path / "back")
     torch.testing.assert_close(logits(tmp_path / "back"), logits(folder), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("site", [None, DYNAMIC, STATIC], ids=["weights", "dynamic", "static"])
+def test_an_fp8_kv_cache_there_and_back(native_folder: NativeFolders, tmp_path: Path, site: InputSite | None) -> None:
+    folder = native_folder(lambda name: W8, lambda name: site, kv_cache=FP8)
+    result = export_compressed_tensors(folder, tmp_path / "ct")
+    stored = tensors_of(tmp_path / "ct")
+    for name, pair in KV_SCALES.items():
+        for part, scale in (("k_scale", pair.k), ("v_scale", pair.v)):
+            tensor = stored[f"{name}.{part}"]
+            assert (tensor.dtype, tensor.shape, tensor.item()) == (torch.float32, (1,), scale)
+    assert result.bytes == sum(tensor.nbytes for tensor in stored.values())
+    assert any("kv_cache_dtype=fp8 by itself" in note for note in result.notes)
+    config = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
+    assert (config["kv_cache_scheme"]["type"], config["kv_cache_scheme"]["num_bits"]) == ("float", 8)
+    import_folder(tmp_path / "ct", tmp_path / "back")
+    same_matrices(folder, tmp_path / "back")
+    assert NativeFolder.open(tmp_path / "back").sites.kv_scales == KV_SCALES
+    assert torch.equal(logits(tmp_path / "back"), logits(folder))
+    assert not torch.equal(logits(folder), logits(native_folder(lambda name: W8, lambda name: site)))
+
+
+def test_other_formats_leave_an_fp8_kv_cache_out(native_folder: NativeFolders, tmp_path: Path) -> None:
+    folder = native_folder(lambda name: WeightSpec(bits=4, group_size=32), kv_cache=FP8)
+    for target in ("gptq", "awq", "gguf"):
+        with pytest.raises(FormatError, match=r"the KV cache.* quantized"):
+            export_model(folder, tmp_path / target, target)
+        assert not (tmp_path / target).exists()
+    for target in ("gptq", "awq", "hf"):
+        result = export_model(folder, tmp_path / target, target, allow_lossy=True)
+        assert any("KV cache" in note and "float" in note for note in result.notes)
+        assert not any("k_scale" in name for name in tensors_of(tmp_path / target))
 
 
 LEVEL = Bilevel(axis="row", size=16, scale_bits=3, zero_bits=3)
@@ -225,6 +259,26 @@ def test_the_library_decodes_to_the_last_bit(native_folder, tmp_path: Path, spec
             assert torch.equal(model.get_submodule(module).weight, native.weight(module)), module
         if site is None:
             torch.testing.assert_close(found, logits(folder), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("site", [None, STATIC], ids=["weights", "static"])
+def test_the_library_reads_scales_of_the_kv_cache(native_folder, tmp_path: Path, site: InputSite | None) -> None:
+    pytest.importorskip("compressed_tensors")
+    spec = WeightSpec(bits=8, symmetric=True, scale_dtype="float32")
+    folder = native_folder(
+        lambda name: None if name == "lm_head" else spec, lambda name: site if name != "lm_head" else None, FP8
+    )
+    export_compressed_tensors(folder, tmp_path / "ct")
+    model = load(tmp_path / "ct")
+    for name, pair in KV_SCALES.items():
+        attention = model.get_submodule(name)
+        assert (attention.k_scale.item(), attention.v_scale.item()) == (pair.k, pair.v)
+    if site is None:
+        with torch.no_grad():
+            found = model(IDS).logits
+        # Its caches hold keys and values that are rounded as ours are.
+        torch.testing.assert_close(found, logits(folder), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

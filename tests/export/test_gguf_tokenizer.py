@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bitwright.errors import CheckpointError, FormatError
+from bitwright.export.gguf import _add
 from bitwright.export.gguf_tokenizer import PRE_TOKENIZERS, read_tokenizer
+from bitwright.export.gguf_tokenizer_import import write_tokenizer
+from bitwright.export.gguf_tokenizer_json import KEY, merges_of
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog, and 1234 dogs sleep on in the   afternoon's sun.\n\nIt's 25 °C. " * 4
@@ -62,6 +66,21 @@ def sentencepiece(folder: Path, space: bool) -> Path:
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in first[:3]])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return saved(folder, backend, unk_token="<unk>")
+
+
+def vocabulary_file(place: Path, metadata: dict[str, Any]) -> Path:
+    """A file that holds a tokenizer and no tensors."""
+    writer = gguf.GGUFWriter(place / "vocabulary.gguf", "llama")
+    for key, value in metadata.items():
+        _add(writer, key, value)
+    for key in ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count"):
+        writer.add_uint32(f"llama.{key}", 32)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-6)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return place / "vocabulary.gguf"
 
 
 def saved(folder: Path, backend: Tokenizer, **options: Any) -> Path:
@@ -130,27 +149,136 @@ def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
         read_tokenizer(byte_level(tmp_path / "bytes", WORDS), 300)
 
 
+# --- and back ----------------------------------------------------------------------------------------------
+
+
+def rebuilt(place: Path, metadata: dict[str, Any], vocab_size: int = 400) -> Any:
+    """The tokenizer of a file with these keys."""
+    folder = place / "rebuilt"
+    folder.mkdir()
+    write_tokenizer(vocabulary_file(place, metadata), {"vocab_size": vocab_size, "eos_token_id": 1}, folder)
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 1
+    assert str(place) not in (folder / "tokenizer_config.json").read_text()
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def uncommon(folder: Path) -> Path:
+    """What GGUF has no words for: NFC and stripping, words taken whole, a template around two texts."""
+    byte_level(folder, PRE["gpt-2"])
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    content = json.loads(backend.to_str())
+    content["model"]["ignore_merges"] = True
+    backend = Tokenizer.from_str(json.dumps(content))
+    backend.normalizer = normalizers.NFC()
+    backend.add_tokens([AddedToken("<think>", lstrip=True, rstrip=True, normalized=False)])
+    backend.add_special_tokens([AddedToken("｜end｜", single_word=True)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    return saved(folder, backend, chat_template="{{ messages }}", model_max_length=77, padding_side="left")
+
+
+KINDS = {
+    **{name: lambda folder, name=name: byte_level(folder, PRE[name]) for name in PRE},
+    "sentencepiece": lambda folder: sentencepiece(folder, True),
+    "sentencepiece without space": lambda folder: sentencepiece(folder, False),
+    "uncommon": uncommon,
+}
+TEXTS = [SAMPLE, "  two </s> spaces<s>", "naïve cafe\u0301 <think>  the dog ｜end｜", "", "\n\n12\n"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_exported_comes_back(tmp_path: Path, kind: str) -> None:
+    ours = AutoTokenizer.from_pretrained(KINDS[kind](tmp_path / "float"))
+    metadata = read_tokenizer(tmp_path / "float", 400, None if kind != "uncommon" else "gpt-2")
+    theirs = rebuilt(tmp_path, metadata)
+    assert theirs.backend_tokenizer.to_str() == ours.backend_tokenizer.to_str()
+    assert theirs.get_vocab() == ours.get_vocab()
+    for name in ("special_tokens_map", "chat_template", "model_max_length", "padding_side"):
+        assert getattr(theirs, name) == getattr(ours, name), name
+    for text in TEXTS:
+        assert theirs(text, SAMPLE) == ours(text, SAMPLE)
+        assert theirs.decode(theirs(text).input_ids) == ours.decode(ours(text).input_ids)
+
+
+def test_vocabulary_and_merges_are_not_stored_twice(tmp_path: Path) -> None:
+    metadata = read_tokenizer(byte_level(tmp_path, WORDS), 400)
+    model = json.loads(metadata[KEY])["tokenizer"]["model"]
+    assert (model["vocab"], model["merges"]) == (None, None)
+
+
+@pytest.mark.parametrize("implied", [True, False])
+def test_merges_are_stored_unless_scores_imply_them(tmp_path: Path, implied: bool) -> None:
+    """Scores imply every way to cut a token into two known ones, as converters of SentencePiece models make merges."""
+    folder = sentencepiece(tmp_path, True)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    if not implied:
+        # a second way to "the", long after the first one
+        content["model"]["vocab"]["th"] = len(content["model"]["vocab"])
+        content["model"]["merges"] += [["t", "h"], ["th", "e"]]
+    path.write_text(json.dumps(content))
+    metadata = read_tokenizer(folder, 400)
+    stored = json.loads(metadata[KEY])["tokenizer"]["model"]
+    assert stored["vocab"] is None
+    assert stored["merges"] == (None if implied else content["model"]["merges"])
+    assert (merges_of(metadata) == content["model"]["merges"]) == implied
+    theirs = rebuilt(tmp_path, metadata)
+    assert theirs.backend_tokenizer.to_str() == AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str()
+
+
+@pytest.mark.parametrize("name", PRE)
+def test_files_of_others_are_cut_as_they_say(tmp_path: Path, name: str) -> None:
+    folder = byte_level(tmp_path / "float", PRE[name])
+    metadata = read_tokenizer(folder, 400)
+    del metadata[KEY]
+    ours, theirs = AutoTokenizer.from_pretrained(folder), rebuilt(tmp_path, metadata)
+    for text in (SAMPLE, "  two </s> spaces<s>", "12\n"):
+        assert theirs(text).input_ids == ours(text).input_ids
+    assert (theirs.bos_token, theirs.eos_token) == ("<s>", "</s>")
+    assert theirs.decode(ours(SAMPLE).input_ids) == SAMPLE
+
+
+def test_first_and_last_tokens_of_others(tmp_path: Path) -> None:
+    metadata = read_tokenizer(byte_level(tmp_path, PRE["llama-bpe"]), 400)
+    del metadata[KEY]
+    metadata |= {
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": True,
+        "tokenizer.ggml.pre": "llama3",
+    }
+    theirs = rebuilt(tmp_path, metadata)
+    assert theirs("a").input_ids == [0, *theirs("a", add_special_tokens=False).input_ids, 1]
+    assert theirs.backend_tokenizer.model.ignore_merges
+
+
+def test_words_that_transformers_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = read_tokenizer(byte_level(tmp_path, WORDS), 400, "tekken")
+    del metadata[KEY]
+    assert rebuilt(tmp_path, metadata)("THEdog").input_ids
+    # where transformers does not know a name, it takes GPT-2's words
+    monkeypatch.setattr("bitwright.export.gguf_tokenizer_import._READ_BY_TRANSFORMERS", {"viking"})
+    path = vocabulary_file(tmp_path, {**metadata, "tokenizer.ggml.pre": "viking"})
+    with pytest.raises(CheckpointError, match="pre is 'viking', which the installed transformers does not cut"):
+        write_tokenizer(path, {"vocab_size": 400}, tmp_path)
+
+
+def test_sentencepiece_of_others_is_left_to_transformers(tmp_path: Path) -> None:
+    metadata = read_tokenizer(sentencepiece(tmp_path, True), 400)
+    del metadata[KEY]
+    theirs = rebuilt(tmp_path, metadata)
+    text = "The quick brown fox"
+    assert theirs(text).input_ids == AutoTokenizer.from_pretrained(tmp_path)(text).input_ids
+
+
 @pytest.mark.parametrize("name", [*PRE, "sentencepiece", "sentencepiece without space"])
 def test_llama_cpp_cuts_text_alike(tmp_path: Path, name: str) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    import gguf
-
-    from bitwright.export.gguf import _add
-
     if name in PRE:
         folder = byte_level(tmp_path, PRE[name])
     else:
         folder = sentencepiece(tmp_path, name == "sentencepiece")
-    writer = gguf.GGUFWriter(tmp_path / "vocabulary.gguf", "llama")
-    for key, value in read_tokenizer(folder, 400).items():
-        _add(writer, key, value)
-    for key in ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count"):
-        writer.add_uint32(f"llama.{key}", 32)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-6)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    model = llama_cpp.Llama(str(tmp_path / "vocabulary.gguf"), vocab_only=True, verbose=False)
+    path = vocabulary_file(tmp_path, read_tokenizer(folder, 400))
+    model = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     assert model.tokenize(SAMPLE.encode(), add_bos=False) == tokenizer.encode(SAMPLE, add_special_tokens=False)

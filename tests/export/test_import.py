@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ from bitwright.export.folder import NativeFolder
 from bitwright.export.gptq import export_awq, export_gptq
 from bitwright.export.importing import import_folder
 from bitwright.inspect import inspect
-from bitwright.numeric.activation import ActivationSpec, InputSite
+from bitwright.numeric.activation import ActivationSpec, InputSite, KvSpec
 from bitwright.numeric.spec import WeightSpec
 
 Tensors = dict[str, Tensor]
-Q = "model.layers.0.self_attn.q_proj"
+ATTENTION = "model.layers.0.self_attn"
+Q = f"{ATTENTION}.q_proj"
+KV_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 STATIC = InputSite(activation=ActivationSpec(bits=8, granularity="tensor"), scale=0.03125, zero=113)
 
 
@@ -37,7 +41,7 @@ class Foreign:
         """Export a native folder as `kind`; returns the native one."""
         folder = self.native_folder(**arguments)
         exports: dict[str, Callable[..., object]] = {
-            "compressed-tensors": export_compressed_tensors,
+            "compressed-tensors": partial(export_compressed_tensors, odd_bits=True),
             "gptq": export_gptq,
             "awq": export_awq,
         }
@@ -129,6 +133,14 @@ def test_one_scale_for_a_matrix(foreign: Foreign) -> None:
     assert torch.equal(grid.scale, grid.scale[:1].expand(64, 1))
 
 
+def test_other_layouts_of_compressed_tensors_are_named(foreign: Foreign) -> None:
+    foreign.make("compressed-tensors")
+    groups = strategy(foreign, "group")
+    groups["group_0"]["format"] = "marlin-24"
+    foreign.change(config_groups=groups)
+    foreign.refused("config_groups.group_0.format: found 'marlin-24', needed")
+
+
 def strategy(foreign: Foreign, name: str) -> dict[str, Any]:
     groups = json.loads((foreign.path / "config.json").read_text())["quantization_config"]["config_groups"]
     groups["group_0"]["weights"]["strategy"] = name
@@ -187,7 +199,8 @@ def test_gptq_order_that_changes_nothing(foreign: Foreign) -> None:
         (None, {"quant_method": None}, "found None"),
         (None, {"quant_method": "bitwright"}, "native already"),
         (None, {"quantization_status": "initialized"}, "quantization_status"),
-        (None, {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+        (None, {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme.type"),
+        (None, {"kv_cache_scheme": KV_SCHEME}, r"there are no tensors \*\.k_scale"),
     ],
 )
 def test_hostile_compressed_tensors(foreign: Foreign, tensors, config: dict[str, Any], message: str) -> None:
@@ -213,6 +226,27 @@ def test_hostile_int8(foreign: Foreign, tensors, message: str) -> None:
     foreign.refused(message)
 
 
+@pytest.mark.parametrize(
+    ("tensors", "config", "message"),
+    [
+        (drop(f"{ATTENTION}.k_scale"), {}, r"self_attn\.k_scale: Field required"),
+        (lambda t: [t.pop(f"{ATTENTION}.{part}_scale") for part in "kv"], {}, "has no scales of keys and values"),
+        (lambda t: t.update({f"{Q}.k_scale": torch.ones(1), f"{Q}.v_scale": torch.ones(1)}), {}, "is no attention"),
+        (put(f"{ATTENTION}.v_scale", lambda t: t * 0), {}, r"self_attn\.v_scale: .*greater than 0"),
+        (put(f"{ATTENTION}.v_scale", lambda t: t * float("nan")), {}, r"self_attn\.v_scale: .*finite"),
+        (put(f"{ATTENTION}.v_scale", lambda t: t.repeat(2)), {}, r"self_attn\.v_scale: torch\.float32 \[2\]"),
+        (None, {"kv_cache_scheme": KV_SCHEME | {"strategy": "attn_head"}}, "kv_cache_scheme.strategy"),
+    ],
+)
+def test_hostile_scales_of_the_kv_cache(foreign: Foreign, tensors, config: dict[str, Any], message: str) -> None:
+    spec = WeightSpec(bits=4, group_size=32)
+    foreign.make(
+        "compressed-tensors", specs=lambda name: spec if name == Q else None, kv_cache=KvSpec(bits=8, grid="fp8")
+    )
+    foreign.change(tensors, **config)
+    foreign.refused(message)
+
+
 def test_values_beyond_their_bits(foreign: Foreign) -> None:
     spec, site = WeightSpec(bits=4, symmetric=True), InputSite(activation=ActivationSpec(bits=8))
     foreign.make("compressed-tensors", specs=lambda name: spec if name == Q else None, sites=lambda name: site)
@@ -223,17 +257,27 @@ def test_values_beyond_their_bits(foreign: Foreign) -> None:
 @pytest.mark.parametrize(
     ("tensors", "config", "message"),
     [
-        (put(f"{Q}.qweight", lambda t: t[:-1]), {}, "q_proj"),
-        (put(f"{Q}.g_idx", lambda t: t.flip(0)), {}, "without desc_act"),
+        (
+            put(f"{Q}.qweight", lambda t: t[:-1]),
+            {},
+            r"g_idx: is torch\.int32 \[64\], needed torch\.int32 \[56\], as qweight",
+        ),
+        (put(f"{Q}.g_idx", lambda t: t.flip(0)), {}, r"g_idx: column 0 is in group 1, needed 0.*without desc_act"),
+        (put(f"{Q}.g_idx", lambda t: t.flip(0)), {"desc_act": True}, "column 0 is in group 1, .*without desc_act"),
+        (put(f"{Q}.g_idx", lambda t: t.long()), {}, r"g_idx: is torch\.int64"),
+        (put(f"{Q}.scales", lambda t: t * float("nan")), {}, "scales: holds NaN or Inf"),
+        (drop(f"{Q}.qweight"), {}, "qweight: missing"),
+        (lambda stored: [stored.pop(f"{Q}.{part}") for part in ("qweight", "g_idx")], {}, "qweight: missing"),
         (drop(f"{Q}.g_idx"), {"desc_act": True}, "g_idx: missing"),
         (put(f"{Q}.qzeros", lambda t: t | -1), {}, "a version 1 field holds 15"),
         (drop(f"{Q}.scales"), {}, "scales: missing"),
-        (None, {"bits": 8}, "q_proj"),
+        (None, {"bits": 8}, r"g_idx: is .*\[64\], needed .*\[32\], as qweight has 8 rows of 8-bit codes"),
         (None, {"bits": 5}, "bits: found 5"),
         (None, {"bits": None}, "bits: found None"),
         (None, {"group_size": 64}, "g_idx"),
         (None, {"group_size": 0}, "group_size: found 0"),
         (None, {"checkpoint_format": "marlin"}, "found 'marlin'"),
+        (None, {"checkpoint_format": "gptq_v3"}, "found 'gptq_v3', needed 'gptq' or 'gptq_v2'; convert"),
         (None, {"format": "gptq_v2"}, "checkpoint_format"),
         (None, {"pack_dtype": "int16"}, "pack_dtype"),
         (None, {"dynamic": {"-:.*q_proj": {}}}, "is not quantized; it is"),
@@ -251,8 +295,12 @@ def test_hostile_gptq(foreign: Foreign, tensors, config: dict[str, Any], message
     [
         (put(f"{Q}.qweight", lambda t: t[:, :-1]), {}, "qzeros"),
         (put(f"{Q}.scales", lambda t: t[:1]), {}, "scales"),
+        (put(f"{Q}.scales", lambda t: t * float("inf")), {}, "scales: holds NaN or Inf"),
+        (put(f"{Q}.qweight", lambda t: t.to(torch.int16)), {}, r"qweight: is torch\.int16"),
+        (drop(f"{Q}.qweight"), {}, "qweight: missing"),
         (None, {"bits": 8}, "bits: found 8"),
         (None, {"version": "gemv"}, "version: found 'gemv'"),
+        (None, {"version": "exllama"}, "version: found 'exllama', needed 'gemm'"),
         (None, {"group_size": 16}, "qzeros"),
         (lambda stored: stored.update({f"{Q}.g_idx": torch.zeros(64)}), {}, r"g_idx: unknown"),
     ],
@@ -261,6 +309,48 @@ def test_hostile_awq(foreign: Foreign, tensors, config: dict[str, Any], message:
     foreign.make("awq", specs=lambda name: WeightSpec(bits=4, group_size=32) if name == Q else None)
     foreign.change(tensors, **config)
     foreign.refused(message)
+
+
+def padded(codes: Tensor, bits: int) -> Tensor:
+    """Codes [out, in] in whole words, as compressed-tensors packed them before its version 0.18."""
+    per_word = 32 // bits
+    fields = torch.nn.functional.pad(codes.long(), (0, -codes.shape[1] % per_word)).reshape(len(codes), -1, per_word)
+    words = (fields << bits * torch.arange(per_word)).sum(dim=2)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_the_layout_that_changed_is_told_by_width_and_version(foreign: Foreign, bits: int) -> None:
+    spec = WeightSpec(bits=bits, group_size=32, symmetric=True)
+    folder = foreign.make("compressed-tensors", specs=lambda name: spec if name == Q else None)
+    name, codes = f"{Q}.weight_packed", NativeFolder.open(folder).unpack(Q).codes
+    width = load_file(foreign.path / "model.safetensors")[name].shape[1]
+    foreign.change(version="0.17.1")
+    foreign.refused(
+        rf"weight_packed: {width} words for 64 codes of {bits} bits, needed .* in files of version 0\.17\.1"
+    )
+    foreign.change(put(name, lambda old: padded(codes, bits)), version="0.18.0")
+    foreign.refused(r"weight_packed: .* in files of version 0\.18\.0")
+    foreign.change(version="0.17.1")
+    import_folder(foreign.path, foreign.out)
+    assert torch.equal(decoded(foreign.out), decoded(folder))
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "compressed-tensors"])
+def test_full_disk_leaves_nothing(foreign: Foreign, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign.make(kind, specs=lambda name: WeightSpec(bits=4, group_size=32) if "self_attn" in name else None)
+    calls = []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        import_folder(foreign.path, foreign.out)
+    assert len(calls) > 3
+    assert sorted(path.name for path in foreign.out.parent.iterdir()) == ["foreign", "native"]
 
 
 def test_damaged_folders(foreign: Foreign) -> None:

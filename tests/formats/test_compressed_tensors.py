@@ -11,9 +11,19 @@ from torch import Tensor
 
 from bitwright.errors import FormatError
 from bitwright.formats.compressed_tensors import INT8, PACKED, WeightArgs, dense_layout, pack, refusal, unpack
-from bitwright.formats.compressed_tensors_config import Scheme, quantization_config, read_groups, scheme_of
+from bitwright.formats.compressed_tensors_config import (
+    Scheme,
+    is_kv_part,
+    kv_tensors,
+    quantization_config,
+    read_groups,
+    read_kv_cache,
+    read_kv_scales,
+    scheme_of,
+)
 from bitwright.formats.layout import TensorEntry
-from bitwright.numeric.activation import ActivationSpec
+from bitwright.numeric.activation import ActivationSpec, KvSpec
+from bitwright.numeric.fp8 import KvScales
 from bitwright.numeric.grid import Grid
 from bitwright.numeric.outliers import Outliers
 from bitwright.numeric.qtensor import QTensor
@@ -232,7 +242,6 @@ def change(config: dict, path: str, value: object) -> dict:
     [
         ("quant_method", "gptq", "quant_method"),
         ("quantization_status", "frozen", "quantization_status"),
-        ("kv_cache_scheme", {"num_bits": 8}, "kv_cache_scheme"),
         ("transform_config", {"config_groups": {}, "x": 1}, "transform_config"),
         ("config_groups", {}, "config_groups"),
         ("config_groups", {"W4A16": ["Linear"]}, "config_groups.W4A16"),
@@ -256,3 +265,77 @@ def test_config_refuses(path: str, value: object, message: str) -> None:
     config = change(quantization_config({"a.b": W4}, ()), path, value)
     with pytest.raises(FormatError, match=message):
         read_groups(config)
+
+
+FP8 = KvSpec(bits=8, grid="fp8")
+
+
+def test_the_kv_cache_of_the_config() -> None:
+    config = quantization_config({"a.b": W4}, (), FP8)
+    assert config["kv_cache_scheme"] == {
+        "dynamic": False,
+        "group_size": None,
+        "num_bits": 8,
+        "strategy": "tensor",
+        "symmetric": True,
+        "type": "float",
+    }
+    assert read_kv_cache(config) == FP8
+    assert [group.scheme for group in read_groups(config)] == [W4]
+    observed = {**config["kv_cache_scheme"], "observer": "static_minmax", "observer_kwargs": {}, "actorder": None}
+    assert read_kv_cache({**config, "kv_cache_scheme": observed}) == FP8
+    assert read_kv_cache(quantization_config({"a.b": W4}, ())) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_bits", 4),
+        ("type", "int"),
+        ("strategy", "attn_head"),
+        ("symmetric", False),
+        ("dynamic", True),
+        ("dynamic", "local"),
+        ("block_structure", [1]),
+    ],
+)
+def test_other_kv_caches_are_refused(key: str, value: object) -> None:
+    config = quantization_config({"a.b": W4}, (), FP8)
+    with pytest.raises(FormatError, match=rf"kv_cache_scheme\.{key}"):
+        read_kv_cache(change(config, f"kv_cache_scheme.{key}", value))
+    with pytest.raises(FormatError, match="kv_cache_scheme: found 'fp8', needed an object"):
+        read_kv_cache({**config, "kv_cache_scheme": "fp8"})
+
+
+def test_tensors_of_the_kv_cache() -> None:
+    scales = {"layers.0.attn": KvScales.of(0.1, 3.0), "layers.1.attn": KvScales.of(1e30, 1e-30)}
+    stored = kv_tensors(scales)
+    assert list(stored) == [f"layers.{n}.attn.{part}_scale" for n in (0, 1) for part in "kv"]
+    assert all(tensor.shape == (1,) and tensor.dtype == torch.float32 for tensor in stored.values())
+    assert float(stored["layers.0.attn.v_scale"]) == float(torch.tensor(3.0) / 448)
+    assert read_kv_scales(stored) == scales
+    assert all(is_kv_part(name) for name in stored)
+    assert not is_kv_part("layers.0.k_proj.weight_scale")
+    # As other writers store them: 16 bits, no axis, zeros beside them.
+    other = {"a.k_scale": torch.tensor(0.5).bfloat16(), "a.v_scale": torch.ones(1, 1), "a.k_zero_point": torch.zeros(1)}
+    assert read_kv_scales(other) == {"a": KvScales(k=0.5, v=1.0)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("a.v_scale", None, r"a\.v_scale: Field required"),
+        ("a.k_scale", torch.ones(2), r"a\.k_scale: torch\.float32 \[2\], needed one float"),
+        ("a.k_scale", torch.ones(1).int(), r"a\.k_scale: torch\.int32"),
+        ("a.k_scale", torch.zeros(1), r"a\.k_scale: .*greater than 0"),
+        ("a.k_scale", -torch.ones(1), r"a\.k_scale: .*greater than 0"),
+        ("a.k_scale", torch.full((1,), float("nan")), r"a\.k_scale: .*finite number"),
+        ("a.k_scale", torch.full((1,), float("inf")), r"a\.k_scale: .*finite number"),
+        ("a.q_scale", torch.ones(1), r"a\.q_scale: .*needed one float in k_scale and v_scale"),
+        ("a.v_zero_point", torch.ones(1).int(), r"a\.v_zero_point: is not 0"),
+    ],
+)
+def test_damaged_scales_of_the_kv_cache(name: str, value: Tensor | None, message: str) -> None:
+    stored = {**kv_tensors({"a": KvScales(k=0.5, v=0.25)}), name: value}
+    with pytest.raises(FormatError, match=message):
+        read_kv_scales({name: tensor for name, tensor in stored.items() if tensor is not None})

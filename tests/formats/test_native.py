@@ -24,6 +24,7 @@ from bitwright.formats.native import (
     unpack,
 )
 from bitwright.numeric.activation import ActivationSpec, InputSite, KvSpec
+from bitwright.numeric.fp8 import KvScales
 from bitwright.numeric.outliers import Outliers
 from bitwright.numeric.qtensor import QTensor
 from bitwright.numeric.spec import Bilevel, WeightSpec
@@ -128,6 +129,22 @@ def test_sites_round_trip() -> None:
     assert read_sites(nothing) == Sites()
     with pytest.raises(FormatError, match="input of x is quantized, and its weight is not"):
         quantization_config(entries, sites=Sites({"x": inputs["a"]}))
+
+
+def test_scales_of_the_kv_cache_round_trip() -> None:
+    entries = {"a": TensorEntry(SPEC, (8, 32))}
+    # Scales that decimal fractions only approximate.
+    scales = {f"layers.{n}.attn": KvScales.of(0.1 * (n + 1), 1e-30 / (n + 1)) for n in range(12)}
+    sites = Sites({}, KvSpec(bits=8, grid="fp8"), scales)
+    config = json.loads(json.dumps(quantization_config(entries, sites=sites)))
+    assert read_sites(config) == sites
+    assert list(config["kv_cache"]) == ["grid", "rope", "symmetric", "past_only", "bits", "scales"]
+    # A cache of integers is written as it was before there was another grid.
+    whole = quantization_config(entries, sites=Sites(kv_cache=KvSpec(bits=8)))["kv_cache"]
+    assert whole == {"bits": 8, "rope": "after", "symmetric": False, "past_only": False}
+    for wrong in (Sites({}, KvSpec(bits=8, grid="fp8")), Sites({}, KvSpec(bits=8), scales)):
+        with pytest.raises(FormatError, match="fp8, and no other, has them"):
+            quantization_config(entries, sites=wrong)
 
 
 def test_pack_refuses_what_it_could_not_restore(make_qtensor: Make) -> None:

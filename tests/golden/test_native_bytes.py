@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bitwright.formats.native import (
+    Sites,
     TensorEntry,
     pack,
     quantization_config,
@@ -25,6 +26,7 @@ from bitwright.formats.native import (
 )
 from bitwright.numeric.activation import ActivationSpec, InputSite, KvSpec, fake_quantize
 from bitwright.numeric.bilevel import SecondLevel, code_offset
+from bitwright.numeric.fp8 import KvScales, fake_quantize_fp8
 from bitwright.numeric.grid import Grid, stored_zero
 from bitwright.numeric.outliers import Outliers
 from bitwright.numeric.qtensor import QTensor
@@ -159,6 +161,22 @@ def test_example_of_quantization_config() -> None:
     assert sites.inputs["model.layers.0.mlp.down_proj"] == expected
     written = quantization_config(read_quantization_config(example), example["tied"], sites)
     assert written == {**example, "specs": example["specs"][:1]}
+
+
+def test_example_of_an_fp8_kv_cache() -> None:
+    """The table that docs/formats/native.md shows, and the numbers that it means."""
+    text = SPECIFICATION.read_text(encoding="utf-8").split('"kv_cache": {"bits": 8')[1].split("```")[0]
+    example = json.loads('{"kv_cache": {"bits": 8' + text + "}")["kv_cache"]
+    scales = {"model.layers.0.self_attn": KvScales(k=0.0625, v=0.001953125)}
+    sites = Sites({}, KvSpec(bits=8, grid="fp8"), scales)
+    config = quantization_config({"weight": TensorEntry.of(sample("int4"))}, sites=sites)
+    assert config["kv_cache"] == example
+    assert read_sites({**config, "kv_cache": example}) == sites
+    keys = torch.tensor([0.0625, -0.65, 1.0625, 1.1875, 27.5, 29.0, -1e9, 0.00006, 0.00007])
+    # Over 1/16: 1, -10.4, 17 (a tie, to the even 16), 19 (a tie, to the even 20), 440 (past the tie, 432), beyond 448,
+    # and around half of the least value.
+    expected = [0.0625, -0.625, 1.0, 1.25, 28.0, 28.0, -28.0, 0.0, 2.0**-13]
+    assert fake_quantize_fp8(keys, 0.0625).tolist() == expected
 
 
 def test_codes_of_activations() -> None:

@@ -203,6 +203,13 @@ def with_kv_cache(**changes: Any) -> dict[str, Any]:
     return {**config(), "kv_cache": {key: value for key, value in table.items() if value is not ...}}
 
 
+SCALES = {"attn": {"k": 0.5, "v": 0.25}}
+
+
+def with_fp8(**changes: Any) -> dict[str, Any]:
+    return with_kv_cache(**{"bits": 8, "grid": "fp8", "scales": SCALES, **changes})
+
+
 def with_input(granularity: str = "tensor", **changes: Any) -> dict[str, Any]:
     """The input of the one tensor, by a spec of 4 bits."""
     site = {"transform": None, "activation": 0, "scale": 0.5, "zero": 3, **changes}
@@ -268,6 +275,24 @@ CONFIGS = {
     "default left out of the KV cache": (with_kv_cache(rope=...), "missing rope"),
     "past only before RoPE": (with_kv_cache(past_only=True, rope="before"), "past_only needs"),
     "unknown key of the KV cache": (with_kv_cache(clip=1.0), r"kv_cache\.clip"),
+    "scales missing": (with_fp8(scales=...), "kv_cache: .* exactly where grid is 'fp8'"),
+    "no scale in the table": (with_fp8(scales={}), "kv_cache: .* exactly where grid is 'fp8'"),
+    "scales of integers": (with_kv_cache(scales=SCALES), "kv_cache: .* exactly where grid is 'fp8'"),
+    "grid of another program": (with_fp8(grid="e5m2"), r"kv_cache\.grid"),
+    "four bits of fp8": (with_fp8(bits=4), "grid 'fp8' has 8 bits"),
+    "fp8 before RoPE": (with_fp8(rope="before"), "needs rope='after'"),
+    "fp8 of the past": (with_fp8(past_only=True), "needs past_only=false"),
+    "symmetric fp8": (with_fp8(symmetric=True), "floats have none"),
+    "default left out of fp8": (with_fp8(rope=...), "missing rope"),
+    "one scale": (with_fp8(scales={"attn": {"k": 1.0}}), r"scales\.attn\.v"),
+    "three scales": (with_fp8(scales={"attn": {"k": 1.0, "v": 1.0, "q": 1.0}}), r"scales\.attn\.q"),
+    "scale of zero in fp8": (with_fp8(scales={"attn": {"k": 0.0, "v": 1.0}}), r"scales\.attn\.k: .*greater than 0"),
+    "negative scale in fp8": (with_fp8(scales={"attn": {"k": 1.0, "v": -1.0}}), r"scales\.attn\.v: .*greater than 0"),
+    "NaN for a scale": (with_fp8(scales={"attn": {"k": float("nan"), "v": 1.0}}), r"scales\.attn\.k: .*finite"),
+    "infinite scale in fp8": (with_fp8(scales={"attn": {"k": float("inf"), "v": 1.0}}), r"scales\.attn\.k: .*finite"),
+    "fp8 scale that is no float32": (with_fp8(scales={"attn": {"k": 0.1, "v": 1.0}}), "not a float32"),
+    "text for an fp8 scale": (with_fp8(scales={"attn": {"k": "1", "v": 1.0}}), r"scales\.attn\.k"),
+    "list of scales": (with_fp8(scales=[[1.0, 1.0]]), r"kv_cache\.scales"),
     "transform of another program": (with_input(transform="fourier"), r"proj\.input\.transform"),
     "key left out of an input": (with_input(zero=...), r"proj\.input\.zero"),
     "unknown key of an input": (with_input(clip=1), r"proj\.input\.clip"),
@@ -282,6 +307,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_damaged_configs(case: str) -> None:
+    read_sites(with_fp8())
     damaged, message = CONFIGS[case]
     with pytest.raises(FormatError, match=message):
         read_quantization_config(damaged)

@@ -19,6 +19,7 @@ from torch.nn import functional
 from bitwright.errors import FormatError
 from bitwright.formats.native import QUANT_METHOD, Sites, TensorEntry, pack, quantization_config
 from bitwright.numeric.activation import ActivationSpec, InputSite, KvSpec
+from bitwright.numeric.fp8 import KvScales
 from bitwright.numeric.qtensor import QTensor
 from bitwright.numeric.spec import Bilevel, WeightSpec
 from bitwright.runtime import ops
@@ -177,6 +178,18 @@ def test_quantized_kv_cache_is_refused(make_qtensor: Make) -> None:
         QuantizedModel.read(config)
 
 
+FP8 = Sites(kv_cache=KvSpec(bits=8, grid="fp8"), kv_scales={"model.layers.0.self_attn": KvScales.of(3.0, 0.1)})
+
+
+def test_scales_of_the_kv_cache_are_found(make_qtensor: Make) -> None:
+    model = QuantizedModel.read(config_of({"a": make_qtensor((16, 64), W4)}, sites=FP8))
+    assert model.scales_of("model.layers.0.self_attn.attn") == KvScales.of(3.0, 0.1)
+    assert model.renamed(lambda name: f"language.{name}").scales_of("language.model.layers.0.self_attn.attn")
+    with pytest.raises(FormatError, match=r"scales: none for model\.layers\.1\.self_attn\.attn"):
+        model.scales_of("model.layers.1.self_attn.attn")
+    assert QuantizedModel({}, {}, {}).scales_of("model.layers.0.self_attn.attn") is None
+
+
 # --- tensors on their way ------------------------------------------------------------------------------------------
 
 
@@ -259,6 +272,27 @@ class Head(Embedding):
     """A fake of vLLM's ParallelLMHead."""
 
 
+class BaseKVCacheMethod:
+    """A fake of vLLM's method of caches with scales."""
+
+    def __init__(self, config: Any) -> None:
+        self.quant_config = config
+
+    def create_weights(self, layer: nn.Module) -> None:
+        for name in ("q_scale", "k_scale", "v_scale"):
+            layer.register_parameter(name, nn.Parameter(torch.tensor(-1.0), requires_grad=False))
+
+
+class Attention(nn.Module):
+    """A fake of vLLM's layer that keeps the KV cache."""
+
+    def __init__(self, config: Any, prefix: str) -> None:
+        super().__init__()
+        self.quant_method = config.get_quant_method(self, prefix)
+        if self.quant_method is not None:
+            self.quant_method.create_weights(self)
+
+
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A fake of what the plugin imports from vLLM; `plugin` is the module that sees it."""
@@ -278,6 +312,8 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "vllm.distributed": {"get_tensor_model_parallel_world_size": lambda: seen.processes},
         "vllm.model_executor": {},
         layers: {},
+        f"{layers}.attention": {"Attention": Attention},
+        f"{layers}.quantization.kv_cache": {"BaseKVCacheMethod": BaseKVCacheMethod},
         f"{layers}.linear": {
             "LinearBase": Linear,
             "LinearMethodBase": object,
@@ -351,6 +387,19 @@ def test_untied_head(vllm: SimpleNamespace, make_qtensor: Make) -> None:
     head.quant_method.process_weights_after_loading(head)
     x = torch.randn(3, 64)
     close(head.quant_method.apply(head, x), expected(q, x))
+
+
+def test_scales_of_the_kv_cache(vllm: SimpleNamespace, make_qtensor: Make) -> None:
+    qs = {"up": make_qtensor((16, 64), W4)}
+    config = vllm.configs[QUANT_METHOD].from_config(config_of(qs, sites=FP8))
+    layer = Attention(config, "model.layers.0.self_attn.attn")
+    found = KvScales(k=layer.k_scale.item(), v=layer.v_scale.item())
+    assert found == KvScales.of(3.0, 0.1)
+    assert layer.q_scale.item() == -1  # vLLM chooses
+    assert config.kv_cache_scheme["type"] == "float"
+    plain = vllm.configs[QUANT_METHOD].from_config(config_of(qs))
+    assert Attention(plain, "model.layers.0.self_attn.attn").quant_method is None
+    assert plain.kv_cache_scheme is None
 
 
 def test_names_follow_vllms_model(vllm: SimpleNamespace, make_qtensor: Make) -> None:

@@ -17,6 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import bitwright
 from bitwright.formats.native import parts, read_quantization_config, read_sites, unpack
 from bitwright.numeric.activation import InputSite
+from bitwright.numeric.fp8 import E4M3_MAX
+from bitwright.runtime import attention
+from bitwright.runtime.attention import quantize_kv
 from bitwright.runtime.sites import input_sites
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -37,7 +40,8 @@ print("TOKENS", json.dumps([list(each.outputs[0].token_ids) for each in found]))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> Path:
     """Outliers, a float shard, quantized inputs, and an embedding in 8 bits that the head shares."""
-    source, out = tmp_path_factory.mktemp("llama"), tmp_path_factory.mktemp("native") / "out"
+    place = tmp_path_factory.mktemp("native")
+    source, out = place / "llama", place / "out"
     torch.manual_seed(0)
     sizes = {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
     config = LlamaConfig(
@@ -70,8 +74,7 @@ def decoded(folder: Path) -> tuple[LlamaForCausalLM, dict[str, InputSite]]:
 
 
 @torch.no_grad()
-def test_tokens_are_those_of_the_decoded_weights(folder: Path) -> None:
-    model, sites = decoded(folder)
+def greedy(model: LlamaForCausalLM, sites: dict[str, InputSite]) -> list[list[int]]:
     wanted = []
     with input_sites(model, sites):
         for prompt in PROMPTS:
@@ -79,9 +82,51 @@ def test_tokens_are_those_of_the_decoded_weights(folder: Path) -> None:
             for _ in range(NEW_TOKENS):
                 ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
             wanted.append(ids[len(prompt) :])
+    return wanted
+
+
+def served(folder: Path) -> list[list[int]]:
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", SERVE, str(folder), str(NEW_TOKENS), json.dumps(PROMPTS)]
     done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
     assert lines, done.stdout[-2000:] + done.stderr[-2000:]
-    assert json.loads(lines[-1].removeprefix("TOKENS ")) == wanted
+    found: list[list[int]] = json.loads(lines[-1].removeprefix("TOKENS "))
+    return found
+
+
+def test_tokens_are_those_of_the_decoded_weights(folder: Path) -> None:
+    assert served(folder) == greedy(*decoded(folder))
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM's fp8 KV cache needs AVX-512")
+def test_an_fp8_kv_cache(folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales of keys and values that are far from 1: without them the cache would be another."""
+    recipe = bitwright.load_recipe(
+        "rtn",
+        "w8a16kv8g32-sym",
+        overrides=[
+            "activations.kv.grid=fp8",
+            f"calibration.text={json.dumps(str(text_file))}",
+            "calibration.windows=2",
+            "calibration.window_tokens=32",
+        ],
+    )
+    bitwright.quantize(str(folder.with_name("llama")), tmp_path / "out", recipe=recipe)
+    model, sites = decoded(tmp_path / "out")
+    config = read_sites(json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"])
+    assert config.kv_cache is not None
+    plain = greedy(model, sites)
+    with quantize_kv(model, config.kv_cache, config.kv_scales):
+        nearest = greedy(model, sites)
+        monkeypatch.setattr(attention, "fake_quantize_fp8", cut_off)
+        cut = greedy(model, sites)
+    assert plain not in (nearest, cut)
+    assert served(tmp_path / "out") in (nearest, cut)
+
+
+def cut_off(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """What vLLM's kernel for processors (0.32) does instead of rounding: digits beyond the third are dropped."""
+    steps = (x / torch.tensor(scale)).clamp(-E4M3_MAX, E4M3_MAX)
+    step = 2.0 ** (torch.frexp(steps).exponent.clamp_min(-5) - 4)
+    return (steps / step).trunc() * step * scale

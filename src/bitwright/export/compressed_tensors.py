@@ -34,7 +34,13 @@ from bitwright.formats.compressed_tensors import (
     refusal,
     unpack,
 )
-from bitwright.formats.compressed_tensors_config import Scheme, activation_refusal, quantization_config
+from bitwright.formats.compressed_tensors_config import (
+    Scheme,
+    activation_refusal,
+    kv_refusal,
+    kv_tensors,
+    quantization_config,
+)
 from bitwright.formats.native import packed_bytes
 from bitwright.numeric.activation import InputSite
 
@@ -74,7 +80,9 @@ def export_compressed_tensors(
         row = ExportRow(f"{module}.weight", "exact", packed_bytes(native.entries[module]), nbytes)
         return {f"{module}.{part}": tensor for part, tensor in parts.items()}, row
 
-    conversion = Conversion(QUANT_METHOD, convert, _config(native, modules))
+    kv_cache = None if KV_CACHE in problems else native.sites.kv_cache
+    config = _config(native, quantization_config(modules, _floats(native, modules), kv_cache))
+    conversion = Conversion(QUANT_METHOD, convert, config, added=kv_tensors(native.sites.kv_scales))
     return write_export(native, Path(out), conversion, _notes(native, modules, problems), say)
 
 
@@ -89,10 +97,8 @@ def _problems(native: NativeFolder, odd_bits: bool) -> dict[str, str]:
             problem = "is an embedding, which readers expect in floats; quantize with embeddings kept"
         if problem is not None:
             problems[module] = problem
-    if native.sites.kv_cache is not None:
-        problems[KV_CACHE] = (
-            "is quantized for each token and head, needed fixed scales or floats; quantize without kv in the scheme"
-        )
+    if native.sites.kv_cache is not None and (problem := kv_refusal(native.sites.kv_cache)) is not None:
+        problems[KV_CACHE] = problem
     return problems
 
 
@@ -126,10 +132,14 @@ def _exact(native: NativeFolder, module: str, scheme: Scheme) -> dict[str, Tenso
     return parts
 
 
-def _config(native: NativeFolder, modules: dict[str, Scheme]) -> dict[str, Any]:
-    """`config.json`; every linear that stays in float is ignored by name."""
-    floats = {*native.unquantized(), *native.entries, *native.tied} - modules.keys()
-    config = native.config | {"quantization_config": quantization_config(modules, floats)}
+def _floats(native: NativeFolder, modules: dict[str, Scheme]) -> set[str]:
+    """Every linear that stays in float, to be ignored by name."""
+    return {*native.unquantized(), *native.entries, *native.tied} - modules.keys()
+
+
+def _config(native: NativeFolder, quantization: dict[str, Any]) -> dict[str, Any]:
+    """`config.json`."""
+    config = native.config | {"quantization_config": quantization}
     if native.tied:
         config["tie_word_embeddings"] = True
     return config
@@ -148,6 +158,11 @@ def _notes(native: NativeFolder, modules: dict[str, Scheme], problems: dict[str,
         notes.append(
             "inputs are quantized by the engine: it chooses dynamic ranges itself, and symmetric ones reach to "
             "-2**(bits-1), one step further than in bitwright"
+        )
+    if native.sites.kv_cache is not None and KV_CACHE not in problems:
+        notes.append(
+            "the KV cache is quantized by the engine: vLLM chooses kv_cache_dtype=fp8 by itself, and some of its "
+            "kernels quantize queries as well"
         )
     if KV_CACHE in problems:
         notes.append(f"{KV_CACHE} {problems[KV_CACHE]}: it stays in float")

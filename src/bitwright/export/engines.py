@@ -76,9 +76,9 @@ def _vllm(kernels: Kernels, rows: list[Row], kv_cache: KvSpec | None, embedding:
         if found is not None:
             yield found
     yield from _split_fusions(rows)
-    if kv_cache is not None:
+    if kv_cache is not None and kv_cache.grid == "int":
         reason = f"is quantized to {kv_cache.bits} bits for each token and head; vLLM knows fp8 with fixed scales"
-        yield Obstacle("the KV cache", reason, "leave kv out of the scheme and start vLLM with kv_cache_dtype=fp8")
+        yield Obstacle("the KV cache", reason, "use kv8 with activations.kv.grid=fp8, or leave kv out of the scheme")
 
 
 def _row_obstacles(kernels: Kernels, row: Row, spec: WeightSpec) -> Iterator[Obstacle]:

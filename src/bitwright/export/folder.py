@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ from bitwright.formats.native import (
 )
 from bitwright.inspect import read_config
 from bitwright.models import adapter_for
+from bitwright.numeric.fp8 import KvScales
 from bitwright.numeric.grid import Grid
 from bitwright.numeric.hadamard import hadamard_blocks
 from bitwright.numeric.measure import sqnr_db, squared_error
@@ -56,7 +57,8 @@ class ExportRow:
 
     Attributes:
         tensor: its name, that of the weight where several tensors stand for it.
-        action: "exact" (codes moved), "float" (decoded and rounded to a float type), "kept" (was a float already).
+        action: "exact" (codes moved, or numbers of config.json), "float" (decoded and rounded to a float type), "kept"
+            (was a float already).
         source_bytes: what it takes in the folder that was read.
         bytes: what it takes in the new one.
         note: why it could not be exact; empty otherwise.
@@ -144,8 +146,10 @@ class NativeFolder:
                 if name not in place:
                     raise FormatError(f"{folder}: {name} is missing; the folder is incomplete or damaged")
                 check_part(name, place[name][1].shape, place[name][1].dtype, needed)
+        sites = read_sites(quantization)
+        check_kv_scales(place, sites.kv_scales)
         tied = tuple(record["tensor"] for record in manifest["tensors"] if record["action"] == "tied")
-        return NativeFolder(folder, config, entries, read_sites(quantization), read_tied(quantization), place, tied)
+        return NativeFolder(folder, config, entries, sites, read_tied(quantization), place, tied)
 
     def read(self, name: str) -> Tensor:
         """One stored tensor."""
@@ -199,6 +203,18 @@ class NativeFolder:
         for path in dict.fromkeys(path for path, _ in self.place.values()):
             modules = [module for module, name in first.items() if self.place[name][0] == path]
             yield path.name, modules, [name for name in kept if self.place[name][0] == path]
+
+
+def check_kv_scales(tensors: Iterable[str], scales: Mapping[str, KvScales]) -> None:
+    """Refuse `scales` of an fp8 KV cache, if there are any, that are not those of every attention among `tensors`.
+
+    Raises:
+        FormatError: naming an attention that has none, or a name that is no attention.
+    """
+    attentions = {name.partition(".k_proj.")[0] for name in tensors if ".k_proj." in name}
+    if scales and (odd := sorted(attentions ^ scales.keys())):
+        found = "has no scales of keys and values" if odd[0] in attentions else "is no attention, and has scales"
+        raise FormatError(f"{odd[0]}: {found}; the KV cache needs those of every attention, {len(attentions)} in all")
 
 
 def float_dtype(native: NativeFolder) -> torch.dtype:
@@ -325,6 +341,7 @@ class Conversion:
         keep: name and value of a float tensor -> what is stored of it.
         config: content of the new `config.json`.
         files: further JSON files by name.
+        added: tensors of no module by whole name; they go into the first shard.
     """
 
     target: str
@@ -332,17 +349,20 @@ class Conversion:
     config: Mapping[str, Any]
     keep: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    added: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def write_export(
     native: NativeFolder, out: Path, conversion: Conversion, notes: tuple[str, ...], say: Say
 ) -> ExportResult:
     """Write `out` shard by shard; lossy rows and `notes` are said as well as returned."""
-    rows = []
+    rows = [
+        ExportRow(name, "exact", 0, tensor.numel() * tensor.dtype.itemsize) for name, tensor in conversion.added.items()
+    ]
     with new_folder(out) as working:
         writer = FolderWriter(working)
-        for shard, modules, kept in native.shards():
-            tensors: dict[str, Tensor] = {}
+        for number, (shard, modules, kept) in enumerate(native.shards()):
+            tensors = dict(conversion.added) if number == 0 else {}
             for module in modules:
                 converted, row = conversion.convert(module)
                 tensors |= converted

@@ -246,6 +246,7 @@ def _place(native: NativeFolder, module: str) -> tuple[str, tuple[int, ...], Lit
 @contextmanager
 def _atomic(out: Path) -> Iterator[Path]:
     """A temporary sibling that becomes `out` when the block ends, and vanishes when it fails."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
     try:
         yield temporary

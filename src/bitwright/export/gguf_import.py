@@ -1,7 +1,7 @@
 """Import of a GGUF file: its blocks become native matrices with the very same codes, scales and offsets.
 
-What `export.gguf` writes comes back, and so does what llama.cpp quantizes itself to Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or to
-K-blocks. Nothing is rounded again; a type without a native grid is refused.
+What `export.gguf` writes comes back, and so does what llama.cpp quantizes itself to Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, to
+K-blocks, or to IQ4_NL and IQ4_XS. Nothing is rounded again; a type without a native grid is refused.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ from torch import Tensor
 
 from bitwright import __about__
 from bitwright.checkpoint.gguf import GgufSource
-from bitwright.checkpoint.gguf_file import PLAIN, GgufTensor, read_gguf_header
+from bitwright.checkpoint.gguf_file import PLAIN, GgufHeader, GgufTensor, read_gguf_header
 from bitwright.checkpoint.manifest import write_manifest
 from bitwright.checkpoint.shard import TensorInfo, read_tensor, tensor_sha256
-from bitwright.errors import FormatError
+from bitwright.errors import CheckpointError, FormatError
 from bitwright.export.folder import ExportResult, FolderWriter, Say, new_folder, silent
 from bitwright.export.gguf import GgufRow, Progress
+from bitwright.export.gguf_gemma3 import ARCHITECTURE as GEMMA3
+from bitwright.export.gguf_gemma3 import Gemma3Source
 from bitwright.export.gguf_model import GgufModel, gguf_model, rope_halves
+from bitwright.export.gguf_tokenizer_import import write_tokenizer
 from bitwright.formats.gguf import TYPES, decode, dequantized, tolerance
+from bitwright.formats.gguf_codebook import CODEBOOK_TYPES, decode_codebook
 from bitwright.formats.native import FORMAT_VERSION, TensorEntry, pack, packed_bytes, quantization_config
 from bitwright.models import adapter_for
 
@@ -46,26 +50,30 @@ def import_gguf(
     """Write the GGUF file `path` as a native folder `out`.
 
     Args:
-        path: a model of one of the architectures that `checkpoint.gguf` reads.
+        path: a model of one of the architectures that `export_gguf` writes.
         out: must not exist.
         say: is told what is being read.
         progress: is told of every tensor.
 
     Raises:
-        CheckpointError: the file is damaged, of another architecture, or has no tokenizer that can be rebuilt.
-        FormatError: a tensor of a type without a native grid, or with a scale that is NaN or Inf. Nothing is left of
-            `out`.
+        CheckpointError: the file is damaged, one part of several, of another architecture, or has no tokenizer that
+            can be rebuilt.
+        FormatError: a tensor of a type without a native grid, or with a scale or value that is NaN or Inf. Nothing is
+            left of `out`.
         ResumeError: `out` exists.
     """
     path, out = Path(path), Path(out)
-    source = GgufSource(path)
-    stored = read_gguf_header(path).tensors
+    header = read_gguf_header(path)
+    source = _source(path, header)
+    stored = header.tensors
     model = gguf_model(source.config, {name: info.shape for name, info in source.tensors.items()})
     place = {name: stored[theirs] for name, theirs in model.names.items()}
     _check_types(path, place)
     quantized = [name for name, entry in place.items() if entry.kind not in PLAIN]
     say(f"{path}: {len(quantized)} matrices in blocks")
     with new_folder(out) as working:
+        # before the weights, for it may be refused
+        write_tokenizer(path, source.config, working)
         writer, done = FolderWriter(working, {"bitwright": str(FORMAT_VERSION)}), _Done()
         total = sum(math.prod(entry.shape) for entry in place.values())
         shards = list(_shards(place, adapter_for(source.config).blocks))
@@ -79,17 +87,35 @@ def import_gguf(
                     progress(name, weights, total)
             writer.shard(f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors", tensors)
         writer.finish(_config(source, done))
-        source.write_side_files(working)
         write_manifest(working, _manifest(source, writer, done), writer.sums)
     return ExportResult(out, "bitwright, from gguf", tuple(done.rows))
 
 
+def _source(path: Path, header: GgufHeader) -> GgufSource | Gemma3Source:
+    """What reads the floats of the file and makes its `config.json`."""
+    parts = header.metadata.get("split.count", 1)
+    if parts not in (0, 1):
+        raise CheckpointError(
+            f"{path}: split.count is {str(parts)[:60]}, needed a whole file; join the parts with llama-gguf-split "
+            "--merge FIRST-PART OUT.gguf"
+        )
+    return (Gemma3Source if header.metadata.get("general.architecture") == GEMMA3 else GgufSource)(path)
+
+
 def _check_types(path: Path, place: dict[str, GgufTensor]) -> None:
     for name, entry in place.items():
-        if entry.kind not in PLAIN and (entry.kind.name not in TYPES or len(entry.shape) != 2):
+        if entry.kind in PLAIN:
+            continue
+        if entry.kind.name not in (*TYPES, *CODEBOOK_TYPES):
             raise FormatError(
                 f"{path}: {name} is stored as {entry.kind.name}, which has no native grid; take a file of another "
-                f"quantization ({', '.join(TYPES)}), or quantize this one anew: bitwright quantize {path.name}"
+                f"quantization ({', '.join((*TYPES, *CODEBOOK_TYPES))}), or quantize this one anew: bitwright quantize "
+                f"{path.name}"
+            )
+        if len(entry.shape) != 2:
+            raise FormatError(
+                f"{path}: {name} has shape {list(entry.shape)} and is stored as {entry.kind.name}; needed two sizes, "
+                "or F32: convert the model again"
             )
 
 
@@ -103,12 +129,14 @@ def _shards(place: dict[str, GgufTensor], blocks: str) -> Iterator[list[str]]:
 
 
 def _import_tensor(
-    source: GgufSource, model: GgufModel, name: str, entry: GgufTensor, done: _Done
+    source: GgufSource | Gemma3Source, model: GgufModel, name: str, entry: GgufTensor, done: _Done
 ) -> dict[str, Tensor]:
     """The native tensors of one tensor of the file, by whole name; `done` learns of it."""
     before = entry.end - entry.start
     if entry.kind in PLAIN:
         values = source.read(name)
+        if not bool(torch.isfinite(values).all()):
+            raise FormatError(f"{name}: holds NaN or Inf, needed finite values; the file is damaged: download it again")
         done.records.append(_record(name, entry, values.numel() * values.dtype.itemsize, values))
         done.rows.append(GgufRow(name, "kept", before, before, name=model.names[name], kind=entry.kind.name))
         return {name: values}
@@ -117,9 +145,10 @@ def _import_tensor(
     raw = read_tensor(source.path, name, info).numpy()
     if name in model.heads:
         raw = raw[rope_halves(torch.arange(rows), model.heads[name]).numpy()]
-    q = decode(entry.kind.name, raw, columns, name)
+    q = (decode if entry.kind.name in TYPES else decode_codebook)(entry.kind.name, raw, columns, name)
     error = (dequantized(entry.kind.name, raw) - q.dequantize()).abs()
-    if not bool((error <= tolerance(q, entry.kind.name)).all()):
+    allowed = tolerance(q, entry.kind.name) if entry.kind.name in TYPES else 0.0
+    if not bool((error <= allowed).all()):
         raise FormatError(f"{name}: its {entry.kind.name} blocks are not what was imported; this is a bug in bitwright")
     parts, layout = pack(q), TensorEntry.of(q)
     done.entries[module] = layout
@@ -150,7 +179,7 @@ def _quantized(layout: TensorEntry, entry: GgufTensor) -> dict[str, Any]:
     }
 
 
-def _config(source: GgufSource, done: _Done) -> dict[str, Any]:
+def _config(source: GgufSource | Gemma3Source, done: _Done) -> dict[str, Any]:
     """`config.json`; a head that is tied to a quantized embedding is tied to its packed form."""
     config = dict(source.config)
     tied = {}
@@ -164,7 +193,7 @@ def _config(source: GgufSource, done: _Done) -> dict[str, Any]:
     return config | {"quantization_config": quantization_config(done.entries, tied)}
 
 
-def _manifest(source: GgufSource, writer: FolderWriter, done: _Done) -> dict[str, Any]:
+def _manifest(source: GgufSource | Gemma3Source, writer: FolderWriter, done: _Done) -> dict[str, Any]:
     return {
         "job": {
             "imported": {"quant_method": "gguf"},

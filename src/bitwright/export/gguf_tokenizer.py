@@ -8,6 +8,7 @@ model would be shown other tokens than it was trained with.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from gguf.constants import TokenType
 
 from bitwright.checkpoint.quiet import quiet_transformers
 from bitwright.errors import CheckpointError, FormatError
+from bitwright.export.gguf_tokenizer_json import KEY, NEVER_MERGED, remainder
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2 = "gpt2 words"
+GPT2_WORDS, SINGLE_DIGITS = "gpt2 words", "single digits"
 PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
-    (_GPT2,): "gpt-2",
-    ("single digits", _GPT2): "smollm",
+    (GPT2_WORDS,): "gpt-2",
+    (SINGLE_DIGITS, GPT2_WORDS): "smollm",
     (_WORDS + r"\p{N}{1,3}" + _REST, "bytes"): "llama-bpe",
     (_WORDS + r"\p{N}" + _REST, "bytes"): "qwen2",
 }
@@ -36,7 +38,6 @@ _SPECIAL = {
     "mask_token_id": "tokenizer.ggml.mask_token_id",
 }
 _SPACE = "▁"
-_NEVER_MERGED = -1e6
 
 
 def read_tokenizer(folder: Path, vocab_size: int, pre: str | None = None) -> dict[str, Any]:
@@ -66,6 +67,7 @@ def read_tokenizer(folder: Path, vocab_size: int, pre: str | None = None) -> dic
             "tokenizer.ggml.token_type": _types(tokens, added),
             "tokenizer.ggml.merges": merges,
         }
+    metadata[KEY] = remainder(content, _config(tokenizer), metadata)
     return metadata | _special_tokens(tokenizer, vocab_size)
 
 
@@ -81,6 +83,14 @@ def _load(folder: Path) -> Any:
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise FormatError(f"{folder}: {type(tokenizer).__name__} has no fast tokenizer; save one as tokenizer.json")
     return tokenizer
+
+
+def _config(tokenizer: Any) -> dict[str, Any]:
+    """`tokenizer_config.json` as transformers writes it, without the chat template, which has a key of its own."""
+    with tempfile.TemporaryDirectory() as place, quiet_transformers():
+        tokenizer.save_pretrained(place)
+        config: dict[str, Any] = json.loads((Path(place) / "tokenizer_config.json").read_text(encoding="utf-8"))
+    return {key: value for key, value in config.items() if key not in ("chat_template", "name_or_path")}
 
 
 def _tokens(folder: Path, vocabulary: Mapping[str, int], added: Mapping[int, Any], vocab_size: int) -> list[str]:
@@ -147,9 +157,9 @@ def _steps(pre_tokenizer: Mapping[str, Any] | None) -> list[str]:
     if kind == "Sequence":
         return [step for inner in pre_tokenizer["pretokenizers"] for step in _steps(inner)]
     if kind == "Digits" and pre_tokenizer["individual_digits"]:
-        return ["single digits"]
+        return [SINGLE_DIGITS]
     if kind == "ByteLevel" and not pre_tokenizer["add_prefix_space"]:
-        return [_GPT2 if pre_tokenizer["use_regex"] else "bytes"]
+        return [GPT2_WORDS if pre_tokenizer["use_regex"] else "bytes"]
     if kind == "Split" and pre_tokenizer["behavior"] == "Isolated" and not pre_tokenizer["invert"]:
         return [pre_tokenizer["pattern"].get("Regex", "a string")]
     return [kind]
@@ -176,7 +186,7 @@ def _sentencepiece(
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": [float(-rank[token]) if token in rank else _NEVER_MERGED for token in tokens],
+        "tokenizer.ggml.scores": [float(-rank[token]) if token in rank else NEVER_MERGED for token in tokens],
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.add_space_prefix": _adds_space(content),
     }

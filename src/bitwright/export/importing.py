@@ -27,11 +27,13 @@ from bitwright.export.folder import (
     ExportRow,
     FolderWriter,
     Say,
+    check_kv_scales,
     copy_side_files,
     new_folder,
     silent,
 )
 from bitwright.export.reading import Reader, reader_of
+from bitwright.formats.compressed_tensors_config import is_kv_part, read_kv_scales
 from bitwright.formats.native import (
     FORMAT_VERSION,
     Sites,
@@ -42,6 +44,7 @@ from bitwright.formats.native import (
     unpack,
 )
 from bitwright.numeric.activation import InputSite
+from bitwright.numeric.fp8 import KvScales
 
 _BLOCK = re.compile(r"\.(\d+)\.")
 
@@ -73,13 +76,15 @@ def import_folder(path: str | Path, out: str | Path, *, say: Say = silent) -> Ex
     config, quantization = _read_config(path)
     place = locate_tensors(path)
     reader = reader_of(quantization)
+    kv_scales = _take_kv_scales(place, reader)
     modules = _quantized_modules(place, reader)
     _refuse_shared(config, modules)
     say(f"{path}: {len(modules)} matrices of {reader.name}")
     with new_folder(out) as working:
         writer = FolderWriter(working, {"bitwright": str(FORMAT_VERSION)})
         done = _write_shards(writer, place, modules, reader)
-        sites = Sites({name: site for name, site in done.sites.items() if site is not None})
+        inputs = {name: site for name, site in done.sites.items() if site is not None}
+        sites = Sites(inputs, reader.kv_cache, kv_scales)
         writer.finish(config | {"quantization_config": quantization_config(done.entries, sites=sites)})
         copy_side_files(path, working)
         write_manifest(working, _manifest(path, config, quantization, writer, done.records), writer.sums)
@@ -109,6 +114,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FormatError(f"{path}: holds {type(content).__name__}, needed an object")
     return content
+
+
+def _take_kv_scales(place: dict[str, tuple[Path, TensorInfo]], reader: Reader) -> dict[str, KvScales]:
+    """The scales of the KV cache, where it has any; their tensors are taken out of `place`."""
+    if reader.kv_cache is None:
+        return {}
+    stored = {}
+    for name in [name for name in place if is_kv_part(name)]:
+        path, info = place.pop(name)
+        stored[name] = read_tensor(path, name, info)
+    scales = read_kv_scales(stored)
+    if not scales:
+        raise FormatError("quantization_config.kv_cache_scheme: is set, and there are no tensors *.k_scale, *.v_scale")
+    check_kv_scales(place, scales)
+    return scales
 
 
 def _quantized_modules(place: Mapping[str, tuple[Path, TensorInfo]], reader: Reader) -> dict[str, _Parts]:

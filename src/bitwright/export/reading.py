@@ -14,13 +14,15 @@ from bitwright.checkpoint.shard import TensorInfo
 from bitwright.errors import FormatError
 from bitwright.formats import compressed_tensors as ct
 from bitwright.formats import gptq
-from bitwright.formats.compressed_tensors_config import Group, read_groups, scheme_of
+from bitwright.formats.compressed_tensors_config import Group, read_groups, read_kv_cache, scheme_of
 from bitwright.formats.gptq import Version
 from bitwright.formats.native import QUANT_METHOD
-from bitwright.numeric.activation import ActivationSpec, InputSite
+from bitwright.numeric.activation import ActivationSpec, InputSite, KvSpec
 from bitwright.numeric.qtensor import QTensor
 
 _GPTQ_VERSIONS: dict[str, Version] = {"gptq": 1, "gptq_v2": 2}
+# No float module has these: where codes are missing, the others tell.
+_OF_GPTQ_AND_AWQ = frozenset({"qweight", "qzeros", "g_idx"})
 
 
 class Reader(ABC):
@@ -30,6 +32,8 @@ class Reader(ABC):
     """Of the format, for people."""
     parts: frozenset[str]
     """Local names of all tensors that a quantized module may have, besides its bias."""
+    kv_cache: KvSpec | None = None
+    """How keys and values are quantized."""
 
     @abstractmethod
     def is_quantized(self, infos: Mapping[str, TensorInfo]) -> bool:
@@ -74,6 +78,7 @@ class CompressedTensorsReader(Reader):
     def __init__(self, config: Mapping[str, Any]):
         """Read the groups of `config`."""
         self._groups: list[Group] = read_groups(config)
+        self.kv_cache = read_kv_cache(config)
         version = config.get("version")
         self._version = version if isinstance(version, str) else None
 
@@ -142,7 +147,7 @@ class GptqReader(Reader):
 
     def is_quantized(self, infos: Mapping[str, TensorInfo]) -> bool:
         """See `Reader.is_quantized`."""
-        return "qweight" in infos
+        return not _OF_GPTQ_AND_AWQ.isdisjoint(infos)
 
     def read(self, module: str, stored: Mapping[str, Tensor]) -> tuple[QTensor, InputSite | None]:
         """See `Reader.read`."""
@@ -200,7 +205,7 @@ class AwqReader(Reader):
 
     def is_quantized(self, infos: Mapping[str, TensorInfo]) -> bool:
         """See `Reader.is_quantized`."""
-        return "qweight" in infos
+        return not _OF_GPTQ_AND_AWQ.isdisjoint(infos)
 
     def read(self, module: str, stored: Mapping[str, Tensor]) -> tuple[QTensor, InputSite | None]:
         """See `Reader.read`."""

@@ -22,6 +22,7 @@ from bitwright.plan import Plan
 
 Target = Literal["compressed-tensors", "gguf", "gptq", "awq", "hf"]
 Engine = Literal["vllm", "vllm-cpu"]
+_OTHERWISE = "(or leave --format out, and export with --allow-lossy)"
 
 
 def export_model(
@@ -70,8 +71,10 @@ def refuse_early(plan: Plan, target: Target) -> None:
     Raises:
         FormatError: the format cannot hold a tensor; the message names the first.
     """
+    if target == "hf":
+        return
     for row in plan.rows():
-        if row.spec is None or target == "hf":
+        if row.spec is None:
             continue
         entry = TensorEntry(row.spec, (row.shape[0], row.shape[1]))
         problem = _problem(entry, target)
@@ -80,7 +83,12 @@ def refuse_early(plan: Plan, target: Target) -> None:
         if problem is None and row.hadamard:
             problem = "has its input rotated at run time; set rotate.online_down=false"
         if problem is not None:
-            raise FormatError(f"{row.tensor}: {problem} (or leave --format out, and export with --allow-lossy)")
+            raise FormatError(f"{row.tensor}: {problem} {_OTHERWISE}")
+    if plan.kv_cache is not None and (target != "compressed-tensors" or plan.kv_cache.grid == "int"):
+        raise FormatError(
+            f"the KV cache is {plan.kv_cache.label()}, for which {target} has no place; leave kv out of the scheme, "
+            f"or use compressed-tensors with activations.kv.grid=fp8 {_OTHERWISE}"
+        )
 
 
 def _problem(entry: TensorEntry, target: Target) -> str | None:

@@ -1,8 +1,9 @@
 """`quantization_config` of compressed-tensors: which modules are quantized how, as that library writes and reads it.
 
 A *group* holds the arguments of weights and of inputs, and `targets`: names of modules, regular expressions (`re:`), or
-classes (`Linear`). `ignore` lists modules that a class would hit and that are not quantized. Read strictly: an argument
-that is not known here and says something (is not null, false or empty) is refused.
+classes (`Linear`). `ignore` lists modules that a class would hit and that are not quantized. `kv_cache_scheme` has the
+arguments of keys and values. Read strictly: an argument that is not known here and says something (is not null, false
+or empty) is refused.
 """
 
 from __future__ import annotations
@@ -12,14 +13,26 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
 from bitwright.errors import FormatError
 from bitwright.formats.compressed_tensors import INT8, OLDEST_READER, PACKED, QUANT_METHOD, WeightArgs
-from bitwright.numeric.activation import ActivationSpec
+from bitwright.numeric.activation import ActivationSpec, KvSpec
+from bitwright.numeric.fp8 import KvScales
 
 _KNOWN_ARGS = frozenset({"num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "actorder"})
 # They tell how scales were found, or repeat a type that the stored tensors have.
 _IDLE_ARGS = frozenset({"observer", "observer_kwargs", "zp_dtype", "scale_dtype"})
 _CLASSES = ("Linear", "Embedding")
+# e4m3 with one scale, which an attention's tensors `k_scale` and `v_scale` hold.
+_FP8_KV = {"dynamic": False, "num_bits": 8, "strategy": "tensor", "symmetric": True, "type": "float"}
+KV_PARTS = ("k_scale", "v_scale")
+# Some writers store zeros of symmetric codes as well.
+_KV_ZEROS = ("k_zero_point", "v_zero_point")
+# What other settings of keys, values and queries store.
+_OTHER_KV_PARTS = ("q_scale", "q_zero_point", "kv_scale")
 
 
 @dataclass(frozen=True)
@@ -45,8 +58,61 @@ def activation_refusal(spec: ActivationSpec) -> str | None:
     return None
 
 
-def quantization_config(modules: Mapping[str, Scheme], ignored: Collection[str]) -> dict[str, Any]:
-    """`quantization_config` for quantized linears `modules` by name; `ignored` are linears that are not quantized.
+def kv_refusal(spec: KvSpec) -> str | None:
+    """Why the format cannot say how the KV cache is quantized, and what to do about it; None if it can."""
+    if spec.grid == "fp8":
+        return None
+    return (
+        "is quantized for each token and head, needed fixed scales or floats; quantize with activations.kv.grid=fp8 "
+        "and kv8, or without kv in the scheme"
+    )
+
+
+def kv_tensors(scales: Mapping[str, KvScales]) -> dict[str, Tensor]:
+    """The stored tensors of attentions' `scales`, float32 [1] each."""
+    found = {}
+    for name, pair in scales.items():
+        for part, scale in zip(KV_PARTS, (pair.k, pair.v), strict=True):
+            found[f"{name}.{part}"] = torch.tensor([scale], dtype=torch.float32)
+    return found
+
+
+def read_kv_scales(stored: Mapping[str, Tensor]) -> dict[str, KvScales]:
+    """The inverse of `kv_tensors`; 16-bit scales and those without an axis are read as well.
+
+    Raises:
+        FormatError: an attention has one scale and not the other, or one that is not a positive number.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name, tensor in stored.items():
+        attention, _, part = name.rpartition(".")
+        if part in _KV_ZEROS and not bool(tensor.to(torch.float32).any()):
+            continue
+        if part in _KV_ZEROS:
+            raise FormatError(f"{name}: is not 0, and kv_cache_scheme says symmetric; the file is damaged")
+        if part in _OTHER_KV_PARTS or tensor.numel() != 1 or not tensor.is_floating_point():
+            raise FormatError(f"{name}: {tensor.dtype} {list(tensor.shape)}, needed one float in k_scale and v_scale")
+        found.setdefault(attention, {})[part[0]] = float(tensor.to(torch.float32))
+    scales = {}
+    for attention, pair in found.items():
+        try:
+            scales[attention] = KvScales.model_validate(pair)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise FormatError(f"{attention}.{first['loc'][0]}_scale: {first['msg']}; the file is damaged") from None
+    return scales
+
+
+def is_kv_part(name: str) -> bool:
+    """Whether the tensor called `name` belongs to the KV cache."""
+    return name.rpartition(".")[2] in (*KV_PARTS, *_KV_ZEROS, *_OTHER_KV_PARTS)
+
+
+def quantization_config(
+    modules: Mapping[str, Scheme], ignored: Collection[str], kv_cache: KvSpec | None = None
+) -> dict[str, Any]:
+    """`quantization_config` for quantized linears `modules` by name; `ignored` are linears that are not quantized, and
+    `kv_cache` one that `kv_refusal` has nothing against.
 
     One scheme targets the class Linear. Several target names (whole families of them as regular expressions), since
     vLLM looks for a class before it looks into the linears that it fuses.
@@ -69,7 +135,7 @@ def quantization_config(modules: Mapping[str, Scheme], ignored: Collection[str])
         "format": formats[0] if len(formats) == 1 else "mixed-precision",
         "global_compression_ratio": None,
         "ignore": sorted(ignored),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if kv_cache is None else {**_FP8_KV, "group_size": None},
         "moe_sparsity_config": None,
         "quant_method": QUANT_METHOD,
         "quantization_status": "compressed",
@@ -122,11 +188,6 @@ def read_groups(config: Mapping[str, Any]) -> list[Group]:
     """
     _need("quant_method", config.get("quant_method", QUANT_METHOD), (QUANT_METHOD,))
     _need("quantization_status", config.get("quantization_status"), ("compressed",))
-    if config.get("kv_cache_scheme"):
-        raise FormatError(
-            "quantization_config.kv_cache_scheme: the KV cache has fixed scales, which the native form does not hold; "
-            "remove it and the tensors *.k_scale and *.v_scale to import the weights"
-        )
     for key in ("transform_config", "sparsity_config"):
         if config.get(key) and config[key].get("format", "") != "dense":
             raise FormatError(f"quantization_config.{key}: is set, needed none; this cannot be imported")
@@ -134,6 +195,21 @@ def read_groups(config: Mapping[str, Any]) -> list[Group]:
     if not isinstance(groups, Mapping) or not groups:
         raise FormatError("quantization_config.config_groups: needed an object of groups; the file is damaged")
     return [_read_group(f"config_groups.{name}", group, config.get("format")) for name, group in groups.items()]
+
+
+def read_kv_cache(config: Mapping[str, Any]) -> KvSpec | None:
+    """How `config` says that keys and values are quantized.
+
+    Raises:
+        FormatError: in another way than in e4m3 with fixed scales.
+    """
+    args = config.get("kv_cache_scheme")
+    if args is None:
+        return None
+    _check_args("kv_cache_scheme", args, "float")
+    for key, value in _FP8_KV.items():
+        _need(f"kv_cache_scheme.{key}", args.get(key), (value,))
+    return KvSpec(bits=8, grid="fp8")
 
 
 def _read_group(where: str, group: Any, overall: object) -> Group:
@@ -171,10 +247,10 @@ def _read_inputs(where: str, args: Any) -> ActivationSpec:
     return ActivationSpec(bits=args["num_bits"], granularity=granularity, symmetric=_symmetric(where, args))
 
 
-def _check_args(where: str, args: Any) -> None:
+def _check_args(where: str, args: Any, kind: Literal["int", "float"] = "int") -> None:
     if not isinstance(args, Mapping):
         raise FormatError(f"quantization_config.{where}: found {args!r}, needed an object")
-    _need(f"{where}.type", args.get("type", "int"), ("int",))
+    _need(f"{where}.type", args.get("type", "int"), (kind,))
     for key in args.keys() - _KNOWN_ARGS - _IDLE_ARGS:
         if args[key]:
             raise FormatError(f"quantization_config.{where}.{key}: unknown, and is {args[key]!r}; cannot be imported")

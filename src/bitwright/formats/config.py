@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from bitwright.errors import FormatError
 from bitwright.formats.layout import TensorEntry
 from bitwright.numeric.activation import ActivationSpec, InputSite, KvSpec
+from bitwright.numeric.fp8 import KvScales
 from bitwright.numeric.settings import Settings
 from bitwright.numeric.spec import Bilevel, WeightSpec
 
@@ -28,8 +29,8 @@ _NEWER = "it was written by a newer bitwright; upgrade bitwright to read it"
 _OLDER = "it was written by a bitwright from before the first release; quantize the model again"
 
 
-def _refuse_defaults(stored: Settings) -> None:
-    missing = type(stored).model_fields.keys() - stored.model_fields_set
+def _refuse_defaults(stored: Settings, except_for: tuple[str, ...] = ()) -> None:
+    missing = type(stored).model_fields.keys() - stored.model_fields_set - set(except_for)
     if missing:
         raise ValueError(f"missing {', '.join(sorted(missing))}")
 
@@ -71,12 +72,19 @@ class _StoredActivation(ActivationSpec):
 
 
 class _StoredKvCache(KvSpec):
-    """A KvSpec as written in config.json."""
+    """A KvSpec as written in config.json: integers without `grid` and `scales`, fp8 with both."""
+
+    scales: dict[str, KvScales] | None = None
 
     @model_validator(mode="after")
     def _is_complete(self) -> _StoredKvCache:
-        _refuse_defaults(self)
+        _refuse_defaults(self, except_for=("grid", "scales"))
+        if (self.grid == "fp8") != bool(self.scales):
+            raise ValueError("scales, at least those of one block, are given exactly where grid is 'fp8'")
         return self
+
+    def spec(self) -> KvSpec:
+        return KvSpec(**self.model_dump(exclude={"scales"}))
 
 
 class _StoredInput(Settings):
@@ -113,10 +121,17 @@ class _StoredConfig(Settings):
 
 @dataclass(frozen=True)
 class Sites:
-    """Where a model quantizes what it computes: `inputs` of quantized modules by name, and the KV cache."""
+    """Where a model quantizes what it computes.
+
+    Attributes:
+        inputs: of quantized modules by name.
+        kv_cache: how keys and values are; None: not at all.
+        kv_scales: of each attention by name, where the grid of `kv_cache` is fp8, else empty.
+    """
 
     inputs: Mapping[str, InputSite] = field(default_factory=dict)
     kv_cache: KvSpec | None = None
+    kv_scales: Mapping[str, KvScales] = field(default_factory=dict)
 
 
 def quantization_config(
@@ -128,7 +143,7 @@ def quantization_config(
     `{"lm_head": "model.embed_tokens"}`. Without `sites`, inputs and the KV cache stay in float.
 
     Raises:
-        FormatError: a site is that of a module without an entry.
+        FormatError: a site is that of a module without an entry; scales of an fp8 cache are missing.
     """
     sites = sites or Sites()
     if strangers := sites.inputs.keys() - entries.keys():
@@ -153,12 +168,21 @@ def quantization_config(
         "version": FORMAT_VERSION,
         "specs": [{**spec.model_dump(), "levels": 1 if spec.bilevel is None else 2} for spec in specs],
         "activations": [spec.model_dump() for spec in activations],
-        "kv_cache": None if sites.kv_cache is None else sites.kv_cache.model_dump(),
+        "kv_cache": None if sites.kv_cache is None else _kv_cache(sites.kv_cache, sites.kv_scales),
         "tensors": tensors,
     }
     if tied:
         config["tied"] = dict(tied)
     return config
+
+
+def _kv_cache(spec: KvSpec, scales: Mapping[str, KvScales]) -> dict[str, Any]:
+    """The table of the KV cache; that of integers is what it was before there was another grid."""
+    if (spec.grid == "fp8") != bool(scales):
+        raise FormatError(f"the KV cache is {spec.label()} with {len(scales)} scales; fp8, and no other, has them")
+    if spec.grid == "int":
+        return spec.model_dump(exclude={"grid"})
+    return {**spec.model_dump(), "scales": {name: pair.model_dump() for name, pair in scales.items()}}
 
 
 def read_quantization_config(config: Mapping[str, Any]) -> dict[str, TensorEntry]:
@@ -195,7 +219,9 @@ def read_sites(config: Mapping[str, Any]) -> Sites:
             except ValueError as error:
                 reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
                 raise FormatError(f"quantization_config.tensors.{name}.input: {reason}") from None
-    return Sites(inputs, None if stored.kv_cache is None else KvSpec(**stored.kv_cache.model_dump()))
+    if stored.kv_cache is None:
+        return Sites(inputs)
+    return Sites(inputs, stored.kv_cache.spec(), stored.kv_cache.scales or {})
 
 
 def _site(stored: _StoredInput, activations: list[_StoredActivation]) -> InputSite:

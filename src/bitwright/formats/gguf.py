@@ -197,6 +197,8 @@ def _why_none(spec: WeightSpec, in_features: int) -> str:
         return "superblocks of rows have no GGUF type"
     if in_features % 32:
         return "rows of GGUF's quantized types are multiples of 32 columns"
+    if spec.bilevel is not None and spec.bits > TYPES["Q6_K"].bits:
+        return "GGUF's two-level types have at most 6 bits"
     if spec.bilevel is not None:
         whole = "" if in_features % 256 == 0 else ", and rows of whole blocks"
         return f"GGUF's two-level types have superblocks of 256 columns in groups of 16 or 32{whole}"

@@ -113,10 +113,16 @@ def unpack_gptq(
     width = in_features if group_size is None else group_size
     order = stored.get("g_idx")
     runs = _group_index(in_features, width)
-    if order is not None and not (order.dtype == runs.dtype and torch.equal(order, runs)):
+    if order is not None and (order.dtype != runs.dtype or order.shape != runs.shape):
         raise FormatError(
-            f"{name}.g_idx: {_found(order)}, needed runs of {width} columns for {in_features} inputs; quantize the "
-            "model again without desc_act"
+            f"{name}.g_idx: is {_found(order)}, needed {_found(runs)}, as qweight has {words.shape[0]} rows of "
+            f"{bits}-bit codes; the file is damaged or config.json names other bits"
+        )
+    if order is not None and not torch.equal(order, runs):
+        column = int((order != runs).nonzero()[0])
+        raise FormatError(
+            f"{name}.g_idx: column {column} is in group {int(order[column])}, needed {column // width}, as groups must "
+            f"be runs of {width} columns; correct group_size in config.json, or quantize again without desc_act"
         )
     groups = -(-in_features // width)
     zero_words = _part(name, stored, "qzeros", torch.int32, (groups, row_words(bits, out_features)))

@@ -52,14 +52,19 @@ class ActivationSpec(ActivationSettings):
 
 
 class KvSettings(Settings):
-    """How keys and values are quantized, whatever the bits: a dynamic range for each token and head.
+    """How keys and values are quantized, whatever the bits.
 
+    - `grid`: `int`, integers over a dynamic range for each token and head; `fp8`, 8-bit floats (e4m3) over one fixed
+      scale for the keys and one for the values of each block, which calibration finds: what engines serve.
     - `rope`: keys are quantized `after` their rotation by RoPE, or `before` it; the same where there is none.
     - `symmetric`: as in ActivationSettings.
     - `past_only`: each token attends to its own key and value in float, and to those of the tokens before it
       quantized (WKVQuant, Yue et al. 2024, section 3.1). Needs `rope="after"`.
+
+    The last three are settings of `int` alone.
     """
 
+    grid: Literal["int", "fp8"] = "int"
     rope: Literal["after", "before"] = "after"
     symmetric: bool = False
     past_only: bool = False
@@ -70,11 +75,36 @@ class KvSettings(Settings):
             raise ValueError("a key quantized before RoPE has no float form after it; past_only needs rope='after'")
         return self
 
+    @model_validator(mode="after")
+    def _floats_have_no_integer_settings(self) -> KvSettings:
+        if self.grid == "int":
+            return self
+        if self.rope == "before":
+            raise ValueError("fixed scales are those of keys as attention reads them; grid='fp8' needs rope='after'")
+        if self.past_only:
+            raise ValueError("engines read every key and value from the cache; grid='fp8' needs past_only=false")
+        if self.symmetric:
+            raise ValueError("symmetric says where the zero of integers is, and floats have none; leave it out")
+        return self
+
 
 class KvSpec(KvSettings):
     """How the KV cache is quantized: KvSettings with `bits`."""
 
     bits: int = Field(ge=2, le=8)
+
+    @model_validator(mode="after")
+    def _floats_have_8_bits(self) -> KvSpec:
+        if self.grid == "fp8" and self.bits != 8:
+            raise ValueError(f"grid 'fp8' has 8 bits, got {self.bits}; needs kv8")
+        return self
+
+    def label(self) -> str:
+        """Bits, kind of numbers and where keys are caught, such as `kv4-asym-after` or `kv8-fp8`."""
+        if self.grid == "fp8":
+            return "kv8-fp8"
+        past = "-past" if self.past_only else ""
+        return f"kv{self.bits}-{'sym' if self.symmetric else 'asym'}-{self.rope}{past}"
 
 
 class InputSite(Settings):

@@ -5,15 +5,17 @@
 
 Attention functions are looked up in `config._attn_implementation`; the model gets a config of its own that names one
 of ours, so models with other specs, or none, are not touched. The function rounds keys and values, each token of each
-head in its own range, and calls the function that was there before. A cache holds floats and is rounded when read: a
-range needs nothing but its token, so every step finds the same codes, and decoding step by step equals one pass over
-all tokens. Keys quantized before RoPE are rounded on their way into the cache, by a hook behind `k_proj` or its norm.
+head in its own range, or all by the fixed scales of their attention, and calls the function that was there before. A
+cache holds floats and is rounded when read: a range needs nothing but its token, so every step finds the same codes,
+and decoding step by step equals one pass over all tokens. Keys quantized before RoPE are rounded on their way into
+the cache, by a hook behind `k_proj` or its norm. `watched_kv` tells what fixed scales are made of.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from types import TracebackType
@@ -27,8 +29,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bitwright.numeric.activation import KvSpec, fake_quantize
+from bitwright.numeric.fp8 import KvScales, fake_quantize_fp8
 
 _PREFIX = "bitwright_kv"
+# What an attention holds while it is quantized with fixed scales, or watched.
+_SCALES, _SEEN = "_bitwright_kv_scales", "_bitwright_kv_seen"
 # Arguments that change what attention computes; the explicit form below knows none of them.
 _OTHER_ATTENTION = ("softcap", "s_aux", "position_bias", "cache")
 
@@ -36,9 +41,13 @@ _OTHER_ATTENTION = ("softcap", "s_aux", "position_bias", "cache")
 class KvQuantization:
     """A model's quantized KV cache, in force until `remove()` or the end of a `with`."""
 
-    def __init__(self, configs: list[tuple[nn.Module, Any]], hooks: list[RemovableHandle]) -> None:
-        """`configs`: modules and the configs that they had before; `hooks`: of keys before RoPE."""
-        self._configs, self._hooks = configs, hooks
+    def __init__(
+        self, configs: list[tuple[nn.Module, Any]], hooks: list[RemovableHandle], scaled: list[nn.Module]
+    ) -> None:
+        """`configs`: modules and the configs that they had before; `hooks`: of keys before RoPE; `scaled`: attentions
+        that hold fixed scales.
+        """
+        self._configs, self._hooks, self._scaled = configs, hooks, scaled
 
     def remove(self) -> None:
         """The model computes in float again; a second call changes nothing."""
@@ -46,7 +55,9 @@ class KvQuantization:
             module.config = config
         for hook in self._hooks:
             hook.remove()
-        self._configs, self._hooks = [], []
+        for attention in self._scaled:
+            delattr(attention, _SCALES)
+        self._configs, self._hooks, self._scaled = [], [], []
 
     def __enter__(self) -> KvQuantization:
         """Itself."""
@@ -59,15 +70,65 @@ class KvQuantization:
         self.remove()
 
 
-def quantize_kv(model: nn.Module, spec: KvSpec) -> KvQuantization:
+def quantize_kv(model: nn.Module, spec: KvSpec, scales: Mapping[str, KvScales] | None = None) -> KvQuantization:
     """Quantize keys and values of `model`, a transformers model or a decoder block of one, from now on.
+
+    Args:
+        model: whose attentions are meant.
+        spec: how.
+        scales: of each attention by name, relative to `model`, for the grid fp8; None or empty for integers.
 
     Raises:
         ValueError: an attention of `model` does not go through transformers' AttentionInterface, has no `k_proj`
-            where `spec.rope` needs it, or is quantized already; or there is none.
+            where `spec.rope` needs it, or is quantized already; or there is none; `scales` are not those of all
+            attentions.
     """
     attentions = _attentions(model)
+    _check_scales(spec, scales or {}, attentions)
     keys = [_before_rope(name, attention) for name, attention in attentions.items() if spec.rope == "before"]
+    owners = _replace_attention(model, partial(_register, spec))
+    hooks = [
+        module.register_forward_hook(partial(_quantize_keys, spec=spec, head_dim=head_dim)) for module, head_dim in keys
+    ]
+    for name, pair in (scales or {}).items():
+        # A tuple, which torch.compile takes for constants.
+        setattr(attentions[name], _SCALES, (pair.k, pair.v))
+    return KvQuantization(owners, hooks, [attentions[name] for name in scales or {}])
+
+
+def _check_scales(spec: KvSpec, scales: Mapping[str, KvScales], attentions: Mapping[str, nn.Module]) -> None:
+    needed = attentions.keys() if spec.grid == "fp8" else set()
+    if missing := [name for name in needed if name not in scales]:
+        raise ValueError(f"no scales for {missing[0]} and {len(missing) - 1} more; fp8 needs those of every attention")
+    if strangers := [name for name in scales if name not in needed]:
+        raise ValueError(f"scales for {strangers[0]}, which is no attention with an fp8 cache; leave them out")
+
+
+@contextmanager
+def watched_kv(model: nn.Module) -> Iterator[dict[str, list[float]]]:
+    """Within, the greatest magnitudes of keys and values that attentions of `model` read, by name: [key, value].
+
+    Keys are caught where `quantize_kv` rounds them, behind RoPE and norms. All are 0 until the model runs.
+
+    Raises:
+        ValueError: as `quantize_kv`.
+    """
+    attentions = _attentions(model)
+    seen = {name: [0.0, 0.0] for name in attentions}
+    owners = _replace_attention(model, _register_watch)
+    for name, attention in attentions.items():
+        setattr(attention, _SEEN, seen[name])
+    try:
+        yield seen
+    finally:
+        for module, config in owners:
+            module.config = config
+        for attention in attentions.values():
+            delattr(attention, _SEEN)
+
+
+def _replace_attention(model: nn.Module, register: Callable[[str], str]) -> list[tuple[nn.Module, Any]]:
+    """Let all configs in `model` name the function that `register` makes of theirs; modules and their old configs."""
     owners = [(module, config) for module in model.modules() if (config := _config(module)) is not None]
     # One memo for all, so that modules that shared a config share its copy.
     memo: dict[int, Any] = {}
@@ -75,11 +136,8 @@ def quantize_kv(model: nn.Module, spec: KvSpec) -> KvQuantization:
         module.config = deepcopy(config, memo)
     copies = (_config(module) for module, _ in owners)
     for config in {id(config): config for config in copies}.values():
-        config._attn_implementation = _register(spec, config._attn_implementation or "eager")
-    hooks = [
-        module.register_forward_hook(partial(_quantize_keys, spec=spec, head_dim=head_dim)) for module, head_dim in keys
-    ]
-    return KvQuantization(owners, hooks)
+        config._attn_implementation = register(config._attn_implementation or "eager")
+    return owners
 
 
 def _attentions(model: nn.Module) -> dict[str, nn.Module]:
@@ -132,15 +190,44 @@ def _register(spec: KvSpec, base: str) -> str:
     """The name of the attention function that quantizes by `spec` and computes as `base`; it tells both, so
     registering it again changes nothing.
     """
-    kind = "sym" if spec.symmetric else "asym"
-    past = "_past" if spec.past_only else ""
-    name = f"{_PREFIX}{spec.bits}_{kind}_{spec.rope}{past}_{base}"
+    name = f"{_PREFIX}_{spec.label()}_{base}"
     AttentionInterface.register(name, partial(_attend, spec=spec, base=base))
     # Explicit softmax needs a mask even where it is only causal, which others leave to the kernel.
-    mask = "eager" if spec.past_only else base
-    if mask in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[mask])
+    _register_mask(name, "eager" if spec.past_only else base)
     return name
+
+
+def _register_watch(base: str) -> str:
+    """The name of the attention function that takes note of keys and values and computes as `base`."""
+    name = f"{_PREFIX}_watched_{base}"
+    AttentionInterface.register(name, partial(_watch, base=base))
+    _register_mask(name, base)
+    return name
+
+
+def _register_mask(name: str, base: str) -> None:
+    """Give the attention function `name` the masks that `base` gets."""
+    if base in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+
+
+def _watch(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments: Any
+) -> tuple[Tensor, Tensor | None]:
+    """As `_attend`, over keys and values as they come."""
+    seen: list[float] | None = getattr(module, _SEEN, None)
+    if seen is not None:
+        seen[:] = [
+            max(float(x.detach().float().abs().amax()), before) for before, x in zip(seen, (key, value), strict=True)
+        ]
+    return _ordinary(module, arguments.pop("base"))(module, query, key, value, attention_mask, **arguments)
+
+
+def _ordinary(module: nn.Module, base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function that transformers calls `base`."""
+    found: Callable[..., tuple[Tensor, Tensor | None]]
+    found = _globals(module)["eager_attention_forward"] if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
+    return found
 
 
 def _attend(
@@ -151,11 +238,13 @@ def _attend(
     `query` [batch, heads, queries, head_dim], `key` and `value` [batch, kv heads, keys, head_dim] to
     [batch, queries, heads, head_dim] and, from some functions, the probabilities.
     """
-    spec, base = arguments.pop("spec"), arguments.pop("base")
-    ordinary: Callable[..., tuple[Tensor, Tensor | None]]
-    ordinary = _globals(module)["eager_attention_forward"] if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
+    spec, ordinary = arguments.pop("spec"), _ordinary(module, arguments.pop("base"))
     if not getattr(module, "is_causal", True):
         # Encoders beside the decoder keep no cache.
+        return ordinary(module, query, key, value, attention_mask, **arguments)
+    if spec.grid == "fp8":
+        k_scale, v_scale = getattr(module, _SCALES)
+        key, value = fake_quantize_fp8(key, k_scale), fake_quantize_fp8(value, v_scale)
         return ordinary(module, query, key, value, attention_mask, **arguments)
     quantized_key = key if spec.rope == "before" else fake_quantize(key, spec)
     quantized_value = fake_quantize(value, spec)

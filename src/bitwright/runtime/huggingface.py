@@ -160,10 +160,10 @@ class BitwrightQuantizer(HfQuantizer):
             if any(tensor.is_meta for tensor in stored.values()):
                 raise FormatError(f"{name}: its packed weights were offloaded; load with offload_buffers=False")
             check_parts(name, stored, module.entry)
-        kv_cache = self.quantization_config.sites.kv_cache
-        if kv_cache is not None:
+        sites = self.quantization_config.sites
+        if sites.kv_cache is not None:
             try:
-                self._kv_cache = quantize_kv(model, kv_cache)
+                self._kv_cache = quantize_kv(model, sites.kv_cache, sites.kv_scales)
             except ValueError as error:
                 raise FormatError(f"quantization_config.kv_cache: {error}") from error
         return model

@@ -1,4 +1,4 @@
-"""The seam to vLLM: a quantization config, and the methods of its linears, embeddings and heads."""
+"""The seam to vLLM: a quantization config, and the methods of its linears, embeddings, heads and KV caches."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from bitwright.errors import FormatError
 from bitwright.formats.native import QUANT_METHOD
+from bitwright.numeric.fp8 import KvScales
 from bitwright.runtime.cpu import CpuMode
 from bitwright.runtime.linear import QuantizedEmbedding
 from bitwright.runtime.vllm.matrices import Matrices
@@ -36,6 +39,8 @@ class BitwrightConfig(QuantizationConfig):
         super().__init__()
         self.model = model
         self.embeddings = Embeddings()
+        # vLLM looks here: its KV cache becomes fp8 unless the user names another type.
+        self.kv_cache_scheme = {"num_bits": 8, "type": "float", "strategy": "tensor"} if model.kv_scales else None
 
     @classmethod
     def get_name(cls) -> str:
@@ -96,10 +101,28 @@ class BitwrightConfig(QuantizationConfig):
                 return UnquantizedLinearMethod()
             _refuse_tensor_parallel(prefix)
             return LinearMethod(self.model, names)
+        if isinstance(layer, Attention):
+            scales = self.model.scales_of(prefix)
+            return None if scales is None else KvCacheMethod(self, scales)
         inside = self.model.inside(prefix)
         if inside is not None and "expert" in prefix:
             raise FormatError(f"{inside}: vLLM computes {prefix} at once; keep experts in float, or run transformers")
         return None
+
+
+class KvCacheMethod(BaseKVCacheMethod):
+    """Of an attention whose KV cache has fixed scales."""
+
+    def __init__(self, config: BitwrightConfig, scales: KvScales) -> None:
+        """With `scales`, which config.json holds and no tensor brings."""
+        super().__init__(config)
+        self.scales = scales
+
+    def create_weights(self, layer: Any) -> None:
+        """Give `layer` the scales; vLLM takes them over after loading."""
+        super().create_weights(layer)
+        layer.k_scale.data.fill_(self.scales.k)
+        layer.v_scale.data.fill_(self.scales.v)
 
 
 class Embeddings:

@@ -7,7 +7,7 @@ shard is quantized in its own way, or not at all. Knows nothing of vLLM.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from bitwright.formats.native import (
     read_tied,
 )
 from bitwright.numeric.activation import InputSite
+from bitwright.numeric.fp8 import KvScales
 
 # The one tensor of a shard that is not quantized.
 FLOAT_PART = "weight"
@@ -42,34 +43,40 @@ class Shard:
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """`quantization_config` of a native folder: `entries` and `sites` by module, and `tied` heads."""
+    """`quantization_config` of a native folder: `entries` and `sites` by module, `tied` heads, and the scales of an fp8
+    KV cache by attention.
+    """
 
     entries: Mapping[str, TensorEntry]
     sites: Mapping[str, InputSite]
     tied: Mapping[str, str]
+    kv_scales: Mapping[str, KvScales] = field(default_factory=dict)
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> QuantizedModel:
         """What the JSON object `config` says.
 
         Raises:
-            FormatError: it breaks the format, or asks for a quantized KV cache.
+            FormatError: it breaks the format, or asks for a KV cache of integers.
         """
         sites = read_sites(config)
-        if sites.kv_cache is not None:
+        if sites.kv_cache is not None and sites.kv_cache.grid == "int":
             raise FormatError(
                 f"quantization_config.kv_cache: {sites.kv_cache.bits} bits for each token and head, needed none: vLLM "
-                "keeps its own KV cache; quantize with a scheme without kv, or run the model with transformers"
+                "keeps its own KV cache; quantize with activations.kv.grid=fp8 or a scheme without kv, or run the "
+                "model with transformers"
             )
-        return QuantizedModel(read_quantization_config(config), sites.inputs, read_tied(config))
+        return QuantizedModel(read_quantization_config(config), sites.inputs, read_tied(config), sites.kv_scales)
 
     def renamed(self, rename: Callable[[str], str | None]) -> QuantizedModel:
         """The same under the names that vLLM's model has; what it has no name for (None), it does not load."""
-        names = {name: new for name in {*self.entries, *self.tied} if (new := rename(name)) is not None}
+        known = {*self.entries, *self.tied, *self.kv_scales}
+        names = {name: new for name in known if (new := rename(name)) is not None}
         return QuantizedModel(
             {names[name]: entry for name, entry in self.entries.items() if name in names},
             {names[name]: site for name, site in self.sites.items() if name in names},
             {names[head]: names[owner] for head, owner in self.tied.items() if head in names and owner in names},
+            {names[name]: pair for name, pair in self.kv_scales.items() if name in names},
         )
 
     def names(self, layer: str, fused: Mapping[str, Sequence[str]]) -> list[str]:
@@ -117,6 +124,20 @@ class QuantizedModel:
     def inside(self, layer: str) -> str | None:
         """A quantized module below `layer`, None where there is none."""
         return next((name for name in self.entries if name.startswith(f"{layer}.")), None)
+
+    def scales_of(self, layer: str) -> KvScales | None:
+        """The scales of the KV cache that the attention `layer` keeps; None where no cache is quantized.
+
+        Raises:
+            FormatError: others are, and its own is not.
+        """
+        if not self.kv_scales:
+            return None
+        # What holds the linears, and what keeps the cache for it.
+        found = self.kv_scales.get(layer.rpartition(".")[0], self.kv_scales.get(layer))
+        if found is None:
+            raise FormatError(f"quantization_config.kv_cache.scales: none for {layer}, needed those of every attention")
+        return found
 
     def _shard(self, name: str, shape: tuple[int, int]) -> Shard:
         entry = self.entries.get(name)
