@@ -61,13 +61,14 @@ def main() -> None:
     choices = tuple(parse_choice(text) for text in arguments.choices) or default_choices()
     bench, sensitivity = prepare(arguments, choices)
     agreement(sensitivity)
+    scales = sensitivity.scales()
     print(f"| {' | '.join(HEADINGS)} |")
     print("|---" * len(HEADINGS) + "|", flush=True)
     found: list[dict[str, Any]] = []
     for asked in arguments.uniform:
         recipe = uniform_recipe(asked, bench.base)
         same = Choice(recipe.method, recipe.scheme)
-        predicted = math.fsum(cost.fisher * sensitivity.scale() for cost in sensitivity.costs if cost.choice == same)
+        predicted = math.fsum(scales[cost.tensor] * cost.fisher for cost in sensitivity.costs if cost.choice == same)
         row = measure(f"uniform {asked}", recipe, bench, predicted or None)
         budget = row["bytes"]
         found.append(row)
@@ -89,7 +90,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_texts(parser)
     parser.add_argument("--sensitivity-windows", type=int, default=16, help="of those, the first so many")
-    parser.add_argument("--probes", type=int, default=48, help="tensors whose KL is measured by themselves")
+    parser.add_argument("--probes", type=int, default=256, help="tensors whose KL is measured by themselves")
+    parser.add_argument("--probe-tokens", type=int, default=256, help="of each window for that")
     parser.add_argument("--probe-windows", type=int, default=2, help="of the calibration text, which it does not see")
     parser.add_argument("--choices", type=_list, default=[], help="without it, those of `bitwright quantize`")
     parser.add_argument("--uniform", type=_list, default=_list(UNIFORM))
@@ -115,7 +117,8 @@ def prepare(arguments: argparse.Namespace, choices: tuple[Choice, ...]) -> tuple
     windows = token_windows(tokenizer, load_text(arguments.text), arguments.length, arguments.windows)
     if count := overlap(windows.ids, fingerprints(ids)):
         raise SystemExit(f"{count} calibration windows are part of the text to measure on; give two different texts")
-    own, held = ids[: settings.windows][: arguments.sensitivity_windows], ids[settings.windows :]
+    own = ids[: settings.windows][: arguments.sensitivity_windows]
+    held = ids[settings.windows :, : arguments.probe_tokens]
     probes = Probes(held, arguments.probes, arguments.seed) if arguments.probes else None
     labels = [choice.label for choice in choices]
     key = [source.fingerprint(), labels, own.tolist(), held.tolist(), arguments.probes, bitwright.__version__]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from bitwright.runtime.huggingface import register
 from clients.contract import answer
@@ -15,8 +17,14 @@ class Transformers:
     def __init__(self, model: str) -> None:
         """Load `model`."""
         register()
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-        self.kernel = type(self._model.model.layers[0].self_attn.q_proj).__name__
+        load = partial(AutoModelForCausalLM.from_pretrained, model, dtype=torch.float32)
+        try:
+            self._model, told = load().eval(), ""
+        except RuntimeError:
+            # compressed-tensors 0.20 does not load packed zeros, those that it wrote itself included.
+            config = CompressedTensorsConfig(dequantize=True)
+            self._model, told = load(quantization_config=config).eval(), ", decoded: its packed zeros do not load"
+        self.kernel = type(self._model.model.layers[0].self_attn.q_proj).__name__ + told
 
     @torch.inference_mode()
     def greedy(self, ids: list[int], new_tokens: int) -> list[int]:

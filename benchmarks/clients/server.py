@@ -22,7 +22,7 @@ def dtype_of(model: Path) -> str:
     config = json.loads((model / "config.json").read_text())
     method = config.get("quantization_config", {}).get("quant_method", "bitwright")
     # vLLM's own kernels for 4 bits on processors have no float32.
-    return "float32" if method == "bitwright" else "bfloat16"
+    return "float32" if method == "bitwright" else "float16"
 
 
 @contextmanager

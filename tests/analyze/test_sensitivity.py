@@ -165,8 +165,19 @@ def test_the_estimate_ranks_tensors_as_measured(found: Sensitivity) -> None:
     options = found.options()
     assert len(options) == 14
     costs = [cost for cost in found.costs if cost.tensor == min(options)]
-    expected = [found.scale() * cost.fisher for cost in costs]
+    expected = [found.scales()[min(options)] * cost.fisher for cost in costs]
     assert [option.loss for option in options[min(options)]] == pytest.approx(expected)
+
+
+def test_a_measured_tensor_sets_its_own_scale() -> None:
+    def cost(tensor: str, fisher: float, measured_kl: float | None = None) -> Cost:
+        return Cost(tensor, 0, 64, CHOICES[0], 32, 0.1, 0.1, fisher, measured_kl)
+
+    rows = (cost("a", 1.0, 2.0), cost("a", 4.0, 2.0), cost("b", 1.0, 3.0), cost("b", 2.0), cost("c", 1.0))
+    found = Sensitivity((*rows, cost("d", 0.0, 0.0)))
+    # a: the geometric mean of 2 and 1/2; c and d: the median of 2, 1/2 and 3
+    assert found.scales() == pytest.approx({"a": 1.0, "b": 3.0, "c": 2.0, "d": 2.0})
+    assert Sensitivity((cost("a", 1.0),)).scales() == {"a": 1.0}
 
 
 def test_a_tensor_on_its_grid_costs_nothing(loud_folder: Path, quantize_minmax, tmp_path: Path) -> None:

@@ -54,8 +54,10 @@ class TargetOptions:
         measure: the cheap measure that losses are predicted by.
         rounds: quantizations at most.
         sensitivity_windows: of the calibration windows that sensitivity is measured on, the first so many.
-        probes: tensors whose KL is measured, which set the scale of predictions and tell whether to trust them.
-        probe_windows, held_out_windows: of as many tokens as those of the calibration, none of which it sees.
+        probes: tensors whose KL is measured, each once while there are as many: that sets the scale of its predictions,
+            and all together tell whether to trust them.
+        probe_tokens: of each window for that, the first so many.
+        probe_windows, held_out_windows: as those of the calibration, none of which it sees.
         together: linears of one input take one choice, which lets the runtime join them to one matrix.
         say: called with what is being done.
     """
@@ -65,7 +67,8 @@ class TargetOptions:
     measure: Measure = "fisher"
     rounds: int = 3
     sensitivity_windows: int = 16
-    probes: int = 48
+    probes: int = 256
+    probe_tokens: int = 256
     probe_windows: int = 2
     held_out_windows: int = 16
     together: bool = False
@@ -196,7 +199,8 @@ class _Job:
         self.source = open_source(model)
         self.budget = self._budget()
         own, held = self._windows()
-        self.calibration, self.probes, self.held_out = own, held[: options.probe_windows], held[options.probe_windows :]
+        self.calibration, self.held_out = own, held[options.probe_windows :]
+        self.probes = held[: options.probe_windows, : options.probe_tokens]
 
     def _plan(self, choice: Choice) -> Plan:
         recipe = self.base.model_copy(update={"method": choice.method, "scheme": choice.scheme, "rules": ()})
