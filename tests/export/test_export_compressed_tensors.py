@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_folders import IDS, KV_SCALES, NativeFolders, load, logits
+from native_folders import EMBEDDING, IDS, KV_SCALES, SPEC, NativeFolders, load, logits
 from safetensors.torch import load_file
 from transformers import CompressedTensorsConfig
 
+from bitwright.checkpoint.manifest import read_manifest, write_manifest
 from bitwright.errors import FormatError, ResumeError
 from bitwright.export.compressed_tensors import export_compressed_tensors
 from bitwright.export.folder import NativeFolder
@@ -102,6 +103,16 @@ def test_quantized_inputs(native_folder: NativeFolders, tmp_path: Path, site: In
     import_folder(tmp_path / "ct", tmp_path / "back")
     same_matrices(folder, tmp_path / "back")
     assert torch.equal(logits(folder), logits(tmp_path / "back"))
+
+
+def test_a_head_that_was_never_stored_is_ignored(native_folder: NativeFolders, tmp_path: Path) -> None:
+    folder = native_folder(lambda name: None if name == EMBEDDING else SPEC, tied=True)
+    content = read_manifest(folder)
+    content["tensors"] = [record for record in content["tensors"] if record["action"] != "tied"]
+    write_manifest(folder, content, {})
+    export_compressed_tensors(folder, tmp_path / "ct")
+    config = json.loads((tmp_path / "ct" / "config.json").read_text())
+    assert config["quantization_config"]["ignore"] == ["lm_head", "model.embed_tokens"]
 
 
 def test_shared_embedding_becomes_float_if_allowed(native_folder: NativeFolders, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from bitwright.checkpoint.manifest import read_manifest
 from bitwright.checkpoint.shard import TensorInfo, fsync_folder, read_header, read_tensor, write_shard, write_text
 from bitwright.checkpoint.source import SIDE_FILES
-from bitwright.errors import CheckpointError, FormatError, ResumeError
+from bitwright.errors import CheckpointError, FormatError, PlanError, ResumeError
 from bitwright.formats.native import (
     Sites,
     TensorEntry,
@@ -148,8 +148,9 @@ class NativeFolder:
                 check_part(name, place[name][1].shape, place[name][1].dtype, needed)
         sites = read_sites(quantization)
         check_kv_scales(place, sites.kv_scales)
-        tied = tuple(record["tensor"] for record in manifest["tensors"] if record["action"] == "tied")
-        return NativeFolder(folder, config, entries, sites, read_tied(quantization), place, tied)
+        tied = read_tied(quantization)
+        shared = tuple(name for name in _shared(manifest, config, {*entries, *tied}) if name not in place)
+        return NativeFolder(folder, config, entries, sites, tied, place, shared)
 
     def read(self, name: str) -> Tensor:
         """One stored tensor."""
@@ -203,6 +204,18 @@ class NativeFolder:
         for path in dict.fromkeys(path for path, _ in self.place.values()):
             modules = [module for module, name in first.items() if self.place[name][0] == path]
             yield path.name, modules, [name for name in kept if self.place[name][0] == path]
+
+
+def _shared(manifest: dict[str, Any], config: dict[str, Any], quantized: set[str]) -> Iterator[str]:
+    """Weights that are another's if no shard holds them: those that the source stored twice, and a float head."""
+    stored_twice = [record["tensor"] for record in manifest["tensors"] if record["action"] == "tied"]
+    yield from stored_twice
+    try:
+        head = adapter_for(config).head
+    except PlanError:
+        head = "lm_head"
+    if head not in quantized and f"{head}.weight" not in stored_twice:
+        yield f"{head}.weight"
 
 
 def check_kv_scales(tensors: Iterable[str], scales: Mapping[str, KvScales]) -> None:
