@@ -67,7 +67,7 @@ FORMATS = (
     Format("rtn", "w4a16g64-sym", ("compressed-tensors", "gptq")),
     Format("rtn", "w4a16g32-sym", ("compressed-tensors", "gguf")),
     Format("rtn", "w8a8-sym", ("compressed-tensors",)),
-    Format("rtn", "w8a16g128-sym", ("compressed-tensors",)),
+    Format("rtn", "w8a16g64-sym", ("compressed-tensors",)),
     Format("easyquant", "w4a16g128"),
     Format("gptq", "w4a16g64", ("compressed-tensors",)),
     Format("spqr", "w3a16"),
