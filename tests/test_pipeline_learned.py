@@ -189,7 +189,7 @@ def test_8_a_resumed_run_gives_the_same_bytes(
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (("inputs.stream=float", "inputs.sequential=false"), "needs inputs.stream='quantized'"),
+        (("inputs.stream=float", "inputs.sequential=false"), "--set inputs.stream=quantized"),
         (("rounding.name=gptq",), "decide the nearest codes"),
         (("rotate.online_down=true",), "leave down out"),
         (("learn.epochs=0",), "greater than or equal to 1"),

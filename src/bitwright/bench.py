@@ -94,10 +94,13 @@ def bench(
     loaded = load_model(model).model
     length, limit = prompt_tokens + new_tokens, getattr(loaded.config, "max_position_embeddings", None)
     if limit is not None and length > limit:
-        raise EvaluationError(f"{prompt_tokens} + {new_tokens} tokens, but {model} takes {limit}; ask for fewer")
+        raise EvaluationError(
+            f"{prompt_tokens} + {new_tokens} tokens, but {model} takes {limit}; give fewer by "
+            "--prompt-tokens and --new-tokens"
+        )
     packed = any(isinstance(module, PackedModule) for module in loaded.modules())
     if mode == "fast" and not packed:
-        raise EvaluationError(f"{model} has no quantized linear, which mode 'fast' needs; measure it with 'exact'")
+        raise EvaluationError(f"{model} has no quantized linear, which mode 'fast' needs; use --mode exact")
     with torch_threads(threads):
         reason = supports(loaded, length)
         decoder = _TransformersDecoder(loaded, mode) if reason is not None else LeanDecoder(loaded, mode, length)

@@ -254,7 +254,10 @@ def bench_cuda(
     loaded: Any = load_model(model, torch_dtype).model
     limit = getattr(loaded.config, "max_position_embeddings", None)
     if limit is not None and length > limit:
-        raise EvaluationError(f"{prompt_tokens} + {new_tokens} tokens, but {model} takes {limit}; ask for fewer")
+        raise EvaluationError(
+            f"{prompt_tokens} + {new_tokens} tokens, but {model} takes {limit}; give fewer by "
+            "--prompt-tokens and --new-tokens"
+        )
     ids = torch.randint(loaded.config.vocab_size, (prompt_tokens,), generator=torch.Generator().manual_seed(0))
     bandwidth = _copy_bandwidth(found)
     found.reset_peak()

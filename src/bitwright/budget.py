@@ -30,7 +30,8 @@ def within_budget(units: Sequence[Unit], bits_per_weight: float) -> tuple[Unit, 
     free = [row for row in quantized if row.keeps_a_share]
     if not free:
         raise PlanError(
-            f"bits_per_weight={bits_per_weight:g} needs a method whose outliers 'obs' keep a share, such as spqr"
+            f"bits_per_weight={bits_per_weight:g} needs a method whose outliers 'obs' keep a share; use --method spqr, "
+            "or leave --bits-per-weight out"
         )
     fixed_bytes = sum(_bytes(row, 0) if row.keeps_a_share else row.bytes for row in quantized)
     # A first outlier brings a tensor's counts and steps; the others only themselves.
@@ -42,10 +43,12 @@ def within_budget(units: Sequence[Unit], bits_per_weight: float) -> tuple[Unit, 
         least = 8 * (fixed_bytes + first_bytes) / sum(row.weights for row in quantized)
         raise PlanError(
             f"bits_per_weight={bits_per_weight:g} leaves no room for outliers: codes, scales and zeros take "
-            f"{least:.3f}; ask for more, or use larger groups or fewer bits in the scheme"
+            f"{least:.3f}; use --bits-per-weight {least + 0.5:.1f}, or larger groups or fewer bits in the scheme"
         )
     if share > 1:
-        raise PlanError(f"bits_per_weight={bits_per_weight:g} has room for more outliers than weights; use more bits")
+        raise PlanError(
+            f"bits_per_weight={bits_per_weight:g} has room for more outliers than weights; use more bits in the scheme"
+        )
     return tuple(replace(unit, rows=tuple(_with_share(row, share) for row in unit.rows)) for unit in units)
 
 

@@ -129,7 +129,7 @@ def _keep(tensor: Tensor, row: Row) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if max(-low.item(), high.item()) > torch.finfo(torch.float16).max:
             raise WeightError(
                 f"values from {low.item():.3g} to {high.item():.3g} do not fit float16; "
-                "set kept_dtype=bfloat16 or kept_dtype=source"
+                "use --set kept_dtype=bfloat16 or --set kept_dtype=source"
             )
     return {row.tensor: stored}, {"dtype": str(row.stored_dtype).removeprefix("torch.")}
 

@@ -17,7 +17,7 @@ from bitwright.errors import RecipeError
 from bitwright.learning.reconstruct import Learn
 from bitwright.numeric.activation import ActivationSettings, ActivationSpec, KvSettings, KvSpec
 from bitwright.numeric.outliers import NoOutliers, NSigma
-from bitwright.numeric.settings import Settings, nearest_name
+from bitwright.numeric.settings import Settings, known_name, nearest_name
 from bitwright.numeric.spec import Bilevel, WeightSpec
 from bitwright.ranges import Clip, RangeSettings
 from bitwright.rounding.gptq import Gptq
@@ -61,10 +61,13 @@ class Inputs(Settings):
     @model_validator(mode="after")
     def _float_inputs_do_not_change(self) -> Inputs:
         if self.stream == "float" and self.correction:
-            raise ValueError("float inputs have nothing to correct; set correction=0, or stream='quantized'")
+            raise ValueError(
+                "float inputs have nothing to correct; use --set inputs.correction=0 or --set inputs.stream=quantized"
+            )
         if self.stream == "float" and self.sequential:
             raise ValueError(
-                "float inputs do not depend on what was rounded before; stream='float' needs sequential=false"
+                "float inputs do not depend on what was rounded before; use --set inputs.sequential=false or "
+                "--set inputs.stream=quantized"
             )
         return self
 
@@ -129,27 +132,38 @@ class Method(Settings):
     @model_validator(mode="after")
     def _steps_fit_together(self) -> Method:
         if isinstance(self.outliers, Obs) and not isinstance(self.rounding, Gptq):
-            raise ValueError("outliers 'obs' are chosen by the Hessian; they need rounding 'gptq'")
+            raise ValueError("outliers 'obs' are chosen by the Hessian; use --set rounding.name=gptq")
         if self.learn is not None and self.inputs.stream == "float":
-            raise ValueError("learning takes its inputs from quantized blocks; needs inputs.stream='quantized'")
+            raise ValueError("learning takes its inputs from quantized blocks; use --set inputs.stream=quantized")
         if self.learn is not None and self.activations.granularity == "tensor":
-            raise ValueError("static ranges of inputs are not learned; needs activations.granularity='token'")
+            raise ValueError("static ranges of inputs are not learned; use --set activations.granularity=token")
         if self.learn is not None and not self._learns_something:
             raise ValueError(
-                "learn has nothing to learn; needs learn.clip with range.name='clip', learn.scales with a transform or "
-                "learn.query_key, learn.shifts or learn.weights"
+                "learn has nothing to learn; use --set learn.weights=true, or --set learn.clip=true with "
+                "--set range.name=clip, or --set learn.scales=true with --set transform.name=awq"
             )
         if self.learn is not None and self.learn.weights and not isinstance(self.rounding, Nearest):
-            raise ValueError("learned weights decide the nearest codes, which error feedback would move; needs nearest")
+            raise ValueError(
+                "learned weights decide the nearest codes, which error feedback would move; use "
+                "--set rounding.name=nearest"
+            )
         if self.rotate is not None and self.rotate.online_down and "down" in getattr(self.transform, "sites", ()):
-            raise ValueError("rotate.online_down mixes the channels of down; leave down out of transform.sites")
+            raise ValueError(
+                "rotate.online_down mixes the channels of down; leave down out of transform.sites, or use "
+                "--set rotate.online_down=false"
+            )
         if self.grid == "gguf" and (self.bilevel is not None or self.group_size is not None):
-            raise ValueError("grid 'gguf' has groups and levels of its own; leave out bilevel and group_size")
+            raise ValueError(
+                "grid 'gguf' has groups and levels of its own; use --set bilevel=none --set group_size=none"
+            )
         updated = isinstance(self.rounding, Gptq) and self.rounding.groups == "updated"
         if isinstance(self.rounding, Gptq) and self.rounding.refit and self.bilevel is not None:
-            raise ValueError("rounding.refit needs scales of one level; two-level ones are refined before rounding")
+            raise ValueError("two-level scales are refined before rounding; use --set rounding.refit=false")
         if updated and self.bilevel is not None and self.bilevel.axis == "column":
-            raise ValueError("rounding.groups='updated' fits group by group; bilevel.axis='column' needs whole rows")
+            raise ValueError(
+                "rounding.groups=updated fits group by group, and columns of superblocks need whole rows; use "
+                "--set rounding.groups=static or --set bilevel=none"
+            )
         return self
 
 
@@ -177,14 +191,17 @@ class Case(Settings):
 
 
 def load_method(name: str, scheme: Scheme | None = None) -> Method:
-    """The preset called `name`, with the settings that it has for `scheme`; without one, those for most schemes.
+    """The preset called `name`, in capitals or not, with the settings that it has for `scheme`.
+
+    Without a scheme, it has those for most schemes.
 
     Raises:
         RecipeError: there is no such preset.
     """
-    if name not in method_names():
+    found = known_name(name, method_names())
+    if found is None:
         raise RecipeError(f"method {name!r} is unknown{nearest_name(name, method_names())}")
-    text = (resources.files("bitwright") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+    text = (resources.files("bitwright") / "recipes" / f"{found}.toml").read_text(encoding="utf-8")
     raw = tomllib.loads(text)
     for case in [Case.model_validate(case) for case in raw.pop("cases", [])]:
         if scheme is not None and case.holds(scheme):
@@ -209,9 +226,18 @@ def _merged(table: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def weight_spec(method: Method, scheme: Scheme, scale_dtype: Literal["float16", "bfloat16", "float32"]) -> WeightSpec:
-    """How the codes look when `method` works in `scheme`; symmetry from the scheme, else the method."""
+    """How the codes look when `method` works in `scheme`; symmetry from the scheme, else the method.
+
+    Raises:
+        RecipeError: the method's zeros and levels do not go together.
+    """
     symmetric = method.symmetric if scheme.symmetric is None else scheme.symmetric
     bilevel = method.bilevel
+    if not symmetric and bilevel is not None and bilevel.zero_bits is not None and method.zero != "float":
+        raise RecipeError(
+            f"method {method.name}: zeros with a second level are no integers; use --set zero=float, --set "
+            "bilevel.zero_bits=none or --set bilevel=none"
+        )
     if symmetric and bilevel is not None:
         bilevel = bilevel.model_copy(update={"zero_bits": None})  # there are no zeros to store
     return WeightSpec(
@@ -237,7 +263,10 @@ def kv_refusal(method: Method, schemes: Collection[Scheme]) -> str | None:
     if method.activations.kv.grid == "int" or bits == {8}:
         return None
     asked = "no kv" if not bits else ", ".join(f"kv{number}" for number in sorted(bits))
-    return f"activations.kv.grid=fp8 has 8 bits, and the scheme says {asked}: write kv8, such as w4a16kv8g128"
+    return (
+        f"activations.kv.grid=fp8 has 8 bits, and the scheme says {asked}; write kv8 in it, such as --scheme "
+        "w4a16kv8g128, or use --set activations.kv.grid=int"
+    )
 
 
 def kv_spec(method: Method, scheme: Scheme) -> KvSpec | None:

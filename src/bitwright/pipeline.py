@@ -197,8 +197,8 @@ class _Report:
             if len(self._fallen) > self._allowed:
                 raise FallbackError(
                     f"{row.tensor}: {'; '.join(record['fallbacks'])}; that makes {len(self._fallen)} tensors rounded "
-                    f"to nearest, and {self._allowed} are allowed; give more or other calibration text, or allow more "
-                    "with --max-fallbacks"
+                    f"to nearest, and {self._allowed} are allowed; give more or other calibration text, or allow "
+                    "as many as there are with --max-fallbacks 1"
                 )
         self.say(row.tensor)
 

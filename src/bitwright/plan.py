@@ -31,7 +31,7 @@ from bitwright.numeric.outliers import NoOutliers, NSigma
 from bitwright.numeric.spec import WeightSpec
 from bitwright.recipe import Recipe, Rule, as_recipe
 from bitwright.rounding.sensitivity import Obs
-from bitwright.rows import Row, Unit
+from bitwright.rows import Refusals, Row, Unit, some_of
 from bitwright.scheme import Scheme
 from bitwright.transforms.rotate import Rotate, online_hadamards, rotated
 
@@ -160,9 +160,9 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         try:
             units = within_budget(units, recipe.bits_per_weight)
         except PlanError as error:
-            planner.refusals.append(str(error))
+            planner.refusals.add(str(error))
     if planner.refusals:
-        raise PlanError(f"{source.label}: " + "; ".join(planner.refusals))
+        raise PlanError(f"{source.label}: {planner.refusals}")
     return Plan(source.label, recipe, adapter, units, planner.tied_head, planner.kv_cache)
 
 
@@ -171,7 +171,7 @@ class _Planner:
 
     def __init__(self, source: Source, recipe: Recipe, adapter: Adapter):
         self.source, self.recipe, self.adapter = source, recipe, adapter
-        self.refusals: list[str] = []
+        self.refusals = Refusals()
         self.tied_head: str | None = None
         self.calibrated_method: Method | None = None
         self.kv_cache: KvSpec | None = None
@@ -205,7 +205,7 @@ class _Planner:
             number = name[len(prefix) :].partition(".")[0]
             if number.isdigit() and int(number) < self.blocks:
                 return int(number) + 1
-            self.refusals.append(f"{name} belongs to block {number}, but config.json says {self.blocks} blocks")
+            self.refusals.add(f"of a block beyond the {self.blocks} that config.json says", name)
         early = name.startswith(self.adapter.embedding) or name.rpartition(".")[0] in self.adapter.kept
         return 0 if early else self.blocks + 1
 
@@ -219,13 +219,12 @@ class _Planner:
                     f"matches only {self.adapter.head}, which is tied to {self.adapter.embedding}: "
                     "write the rule for that one"
                 )
-            self.refusals.append(f"rule {rule.match!r} {reason}")
+            self.refusals.add(f"rule {rule.match!r} {reason}")
 
     def _check_presence(self) -> None:
         missing = [m for m in sorted(self.candidates) if m + ".weight" not in self.source.tensors]
         if missing:
-            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            self.refusals.append(f"the checkpoint has no weight for {shown}")
+            self.refusals.add(f"the checkpoint has no weight for {some_of(missing)}")
 
     def _row(self, name: str, info: TensorInfo) -> Row:
         module, _, leaf = name.rpartition(".")
@@ -234,8 +233,8 @@ class _Planner:
         if leaf == "weight" and module in self.candidates:
             return self._claimed_row(module, name, info)
         if len(info.shape) >= 2 and self._inside_block(name) and info.dtype in _FLOATS:
-            self.refusals.append(
-                f"{name} {list(info.shape)} is a matrix that the {self.adapter.model_type} adapter does not know"
+            self.refusals.add(
+                f"{list(info.shape)} is a matrix that the {self.adapter.model_type} adapter does not know", name
             )
         return self._kept_row(name, info, "not a linear")
 
@@ -247,16 +246,18 @@ class _Planner:
             if fnmatchcase(module, rule.match):
                 if rule.keep:
                     if self._hadamard(name):
-                        self._refuse(
-                            f"rule {rule.match!r} keeps {name}, whose input rotate.online_down rotates at run time; "
-                            "only quantized linears do that: quantize it, or set rotate.online_down=false"
+                        self.refusals.add(
+                            f"kept by rule {rule.match!r}, and rotate.online_down rotates the input at run time; "
+                            "only quantized linears do that: quantize it, or use --set rotate.online_down=false",
+                            name,
                         )
                     return self._kept_row(name, info, f"rule {rule.match!r}")
                 return self._quantized_row(name, info, rule)
         if module in (self.adapter.embedding, self.adapter.head):
             return self._kept_row(name, info, "default: kept")
         if self.recipe.method is None:
-            self.refusals.append(f"{module} is claimed by no rule; add a rule for it, or one with keep = true")
+            keep = f"--set 'keep=*.{module.rpartition('.')[2]}'"
+            self.refusals.add(f"claimed by no rule; add a rule for it, or leave it in float with {keep}", module)
             return self._kept_row(name, info, "unclaimed")
         return self._quantized_row(name, info, Rule(match="*"))
 
@@ -268,10 +269,10 @@ class _Planner:
         method = rule.method or self.recipe.method
         scheme = rule.scheme or self.recipe.scheme
         if method is None or scheme is None:
-            self.refusals.append(f"rule {rule.match!r} needs a method and a scheme; the recipe has no default")
+            self.refusals.add(f"rule {rule.match!r} needs a method and a scheme; the recipe has no default")
             return self._kept_row(name, info, rule.match)
         spec = self._spec(name, info, method, scheme)
-        self._check_matrix(name, info, spec)
+        self._check_matrix(name, info, scheme, spec)
         activation = self._check_scheme(name, scheme, method)
         if method.calibrated:
             self._check_calibrated(name, method)
@@ -291,38 +292,40 @@ class _Planner:
         if method.grid == "native":
             return spec
         if scheme.group_size is not None or scheme.symmetric is not None or spec.scale_dtype != "float16":
-            self._refuse(
-                f"scheme {scheme} with {spec.scale_dtype} scales; grid gguf has groups, symmetry and float16 scales of "
-                f"its own: use w{scheme.weight_bits}a{scheme.activation_bits} and scale_dtype=float16"
+            self.refusals.add(
+                f"scheme {scheme} with {spec.scale_dtype} scales: grid gguf has groups, symmetry and float16 scales of "
+                f"its own; use --scheme w{scheme.weight_bits}a{scheme.activation_bits} --set scale_dtype=float16"
             )
         try:
             return gguf_grid(scheme.weight_bits, info.shape[-1])
         except FormatError as error:
-            self.refusals.append(f"{name}: {error}")
+            self.refusals.add(str(error), name)
             return spec
 
     def _hadamard(self, name: str) -> bool:
         """Whether the runtime must rotate the input of the linear that owns tensor `name`."""
         return any(name.endswith(f".{linear}.weight") for linear in self.online_hadamards)
 
-    def _check_matrix(self, name: str, info: TensorInfo, spec: WeightSpec) -> None:
+    def _check_matrix(self, name: str, info: TensorInfo, scheme: Scheme, spec: WeightSpec) -> None:
         if len(info.shape) != 2 or 0 in info.shape:
-            self.refusals.append(f"{name} has shape {list(info.shape)}, needed a matrix [out, in]")
+            self.refusals.add(f"shape {list(info.shape)}, needed a matrix [out, in]", name)
         elif spec.group_size is not None and spec.group_size > info.shape[1]:
-            self.refusals.append(
-                f"{name}: groups of {spec.group_size} are wider than its {info.shape[1]} inputs; "
-                f"use g{info.shape[1]} or smaller, or no g for one group per channel"
+            fitting = scheme.model_copy(update={"group_size": info.shape[1]})
+            self.refusals.add(
+                f"groups of {spec.group_size} are wider than the {info.shape[1]} inputs; use --scheme {fitting}", name
             )
         if info.dtype not in _FLOATS:
-            self.refusals.append(f"{name} is {info.dtype}, needed float16, bfloat16, float32 or float64")
+            self.refusals.add(f"{info.dtype}, needed float16, bfloat16, float32 or float64", name)
 
     def _check_calibrated(self, name: str, method: Method) -> None:
         if not self._inside_block(name):
-            self.refusals.append(
-                f"{name} is outside the blocks, where method {method.name} sees no inputs; use a data-free method there"
+            self.refusals.add(
+                f"outside the blocks, where method {method.name} sees no inputs; give it a rule with method rtn, or "
+                f"leave it in float with --set keep={name.rpartition('.')[0]}",
+                name,
             )
         if self.calibrated_method is not None and self.calibrated_method.of_blocks != method.of_blocks:
-            self._refuse(
+            self.refusals.add(
                 f"methods {self.calibrated_method.name} and {method.name} treat whole blocks differently (inputs, "
                 "rotate, transform, learn, range clip); calibrated methods of one recipe must agree in these"
             )
@@ -331,10 +334,12 @@ class _Planner:
     def _check_scheme(self, name: str, scheme: Scheme, method: Method) -> ActivationSpec | None:
         """How the inputs of `name` are quantized; takes note of how the KV cache is."""
         if not (4 <= scheme.activation_bits <= 8 or scheme.activation_bits == 16):
-            self._refuse(f"scheme {scheme} asks for {scheme.activation_bits}-bit activations, needed 4 to 8, or 16")
+            self.refusals.add(
+                f"scheme {scheme} asks for {scheme.activation_bits}-bit activations; needed a4 to a8, or a16 for none"
+            )
             return None
         if not (2 <= scheme.kv_bits <= 8 or scheme.kv_bits == 16):
-            self._refuse(f"scheme {scheme} asks for a {scheme.kv_bits}-bit KV cache, needed 2 to 8, or none (16)")
+            self.refusals.add(f"scheme {scheme} asks for a {scheme.kv_bits}-bit KV cache; needed kv2 to kv8, or no kv")
             return None
         self._check_kv_cache(scheme, method)
         activation = activation_spec(method, scheme)
@@ -346,18 +351,18 @@ class _Planner:
     def _check_kv_cache(self, scheme: Scheme, method: Method) -> None:
         schemes = [scheme] if scheme.kv_bits < 16 else [*self._schemes(), scheme]
         if (problem := kv_refusal(method, schemes)) is not None:
-            self._refuse(problem)
+            self.refusals.add(problem)
             return
         kv_cache = kv_spec(method, scheme)
         if kv_cache is None:
             return
         if not any(linear.endswith("k_proj") for linear in self.adapter.linears):
-            self._refuse(
+            self.refusals.add(
                 f"scheme {scheme} asks for a quantized KV cache, but blocks of {self.adapter.model_type} have no "
-                "k_proj; leave out kv"
+                f"k_proj; leave kv out: --scheme {scheme.model_copy(update={'kv_bits': 16})}"
             )
         if self.kv_cache not in (None, kv_cache):
-            self._refuse(
+            self.refusals.add(
                 f"scheme {scheme} asks for the KV cache {kv_cache}, another rule for {self.kv_cache}; "
                 "the model has one: let the rules agree, or only one of them name it"
             )
@@ -366,10 +371,6 @@ class _Planner:
     def _schemes(self) -> list[Scheme]:
         """Those that the recipe names, whichever rule they are of."""
         return [scheme for scheme in (self.recipe.scheme, *(rule.scheme for rule in self.recipe.rules)) if scheme]
-
-    def _refuse(self, complaint: str) -> None:
-        if complaint not in self.refusals:
-            self.refusals.append(complaint)
 
 
 def kept_dtype(info: TensorInfo, setting: str) -> torch.dtype:

@@ -11,14 +11,14 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from bitwright.calibration.tokens import Calibration
 from bitwright.errors import RecipeError
 from bitwright.method import Method, load_method, method_names
-from bitwright.numeric.settings import Settings, explain, nearest_name
+from bitwright.numeric.settings import Settings, annotations_at, explain, nearest_name
 from bitwright.scheme import Scheme
 
 
@@ -29,6 +29,9 @@ def _as_method(value: Any) -> Any:
 def _as_scheme(value: Any) -> Any:
     return Scheme.parse(value) if isinstance(value, str) else value
 
+
+# Steps of a method that have a name and settings of their own.
+_STEPS = ("transform", "range", "rounding", "outliers")
 
 MethodField = Annotated[Method | None, BeforeValidator(_as_method)]
 SchemeField = Annotated[Scheme | None, BeforeValidator(_as_scheme)]
@@ -153,7 +156,11 @@ def _spelled_out(table: dict[str, Any], default_scheme: Any = None) -> dict[str,
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set one `key=value` in the raw recipe; keys of the method may leave out the leading `method.`."""
+    """Set one `key=value` in the raw recipe; keys of the method may leave out the leading `method.`.
+
+    `none` stands for a setting or step that is left out; a step's name alone sets its `name`; `keep=GLOB` is a rule
+    that leaves the linears of that name in float.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise RecipeError(f"--set {override!r} is not understood; needed key=value, such as outliers.n=2.5")
@@ -161,15 +168,23 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    if key == "scheme":
-        raw["scheme"] = Scheme.parse(str(value)).model_dump()
+    if key in ("scheme", "method"):
+        raw[key] = value
+        raw.update(_spelled_out(raw))
+        return
+    if key == "keep":
+        raw["rules"] = [{"match": str(value), "keep": True}, *raw.get("rules", ())]
         return
     path = key.split(".")
     if path[0] in Method.model_fields and path[0] not in Recipe.model_fields:
         path = ["method", *path]
     if path[0] not in Recipe.model_fields or path[0] == "rules":
-        known = [name for name in [*Recipe.model_fields, *Method.model_fields] if name != "rules"]
+        known = [name for name in [*Recipe.model_fields, *Method.model_fields, "keep"] if name != "rules"]
         raise RecipeError(f"--set {key}: no such key{nearest_name(path[0], known)}")
+    if isinstance(value, str) and path[-1] in _STEPS and len(path) == 2:
+        path.append("name")
+    elif value == "none" and not any("none" in get_args(field) for field in annotations_at(Recipe, path)):
+        value = None  # TOML has no word for it
     table = raw
     for part in path[:-1]:
         table[part] = table.get(part) or {}  # none: a step that the method leaves out

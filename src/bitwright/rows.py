@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -105,6 +106,35 @@ class Row:
             "activation": None if self.activation is None else self.activation.model_dump(mode="json"),
             "bits_per_weight": 8 * self.bytes / self.weights if self.weights else None,
         }
+
+
+class Refusals:
+    """Why a recipe cannot be applied to a checkpoint: every reason, once, with the tensors that it is of."""
+
+    def __init__(self) -> None:
+        """None so far."""
+        self._tensors: dict[str, list[str]] = {}
+
+    def add(self, reason: str, tensor: str | None = None) -> None:
+        """Take note of `reason`, why `tensor` is refused, or without one, the whole recipe."""
+        named = self._tensors.setdefault(reason, [])
+        if tensor is not None and tensor not in named:
+            named.append(tensor)
+
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return bool(self._tensors)
+
+    def __str__(self) -> str:
+        """All of them in one line; of many tensors with one reason the first few, and how many there are."""
+        return "; ".join(f"{some_of(names)}{': ' if names else ''}{reason}" for reason, names in self._tensors.items())
+
+
+def some_of(names: Sequence[str]) -> str:
+    """All of a few names; of many the first three and their number, such as `a, b, c and others (14 such)`."""
+    if len(names) <= 3:
+        return ", ".join(names)
+    return f"{', '.join(names[:3])} and others ({len(names)} such)"
 
 
 @dataclass(frozen=True)

@@ -24,16 +24,16 @@ class Scheme(Settings):
 
     @staticmethod
     def parse(text: str) -> Scheme:
-        """The scheme that `text` spells, such as `w4a16g64-sym`.
+        """The scheme that `text` spells, such as `w4a16g64-sym`, in capitals or not.
 
         Raises:
             RecipeError: `text` is not a scheme.
         """
-        match = _SCHEME.fullmatch(text)
+        match = _SCHEME.fullmatch(text.strip().lower())
         if match is None:
             raise RecipeError(
-                f"scheme {text!r} is not understood; needed w<bits>a<bits>[kv<bits>][g<group>][-sym|-asym], "
-                "such as w4a16g64 (no g: one group per output channel)"
+                f"scheme {text!r} is not understood{_nearest_scheme(text)}; needed "
+                "w<bits>a<bits>[kv<bits>][g<group>][-sym|-asym], such as w4a16g64 (no g: one group per output channel)"
             )
         weight, activation, kv, group, kind = match.groups()
         try:
@@ -53,3 +53,14 @@ class Scheme(Settings):
         group = "" if self.group_size is None else f"g{self.group_size}"
         kind = {None: "", True: "-sym", False: "-asym"}[self.symmetric]
         return f"w{self.weight_bits}a{self.activation_bits}{kv}{group}{kind}"
+
+
+def _nearest_scheme(text: str) -> str:
+    """The scheme that was perhaps meant, to go behind a refusal: the parts that can be read, in their order."""
+    found = {key: re.search(rf"{key}[-_ ]?(\d+)", text.lower()) for key in ("w", "a", "kv", "g")}
+    if found["w"] is None:
+        return ""
+    numbers = {key: "" if match is None else match.group(1) for key, match in found.items()}
+    parts = [key + number for key, number in (numbers | {"a": numbers["a"] or "16"}).items() if number]
+    kind = re.search("asym|sym", text.lower())
+    return f"; did you mean {''.join(parts) + ('' if kind is None else f'-{kind.group()}')!r}?"

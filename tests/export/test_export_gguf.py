@@ -330,7 +330,7 @@ def test_losses_are_refused_or_measured(tmp_path: Path, quantized: Quantize, cas
     with pytest.raises(FormatError, match=reason) as refusal:
         export_gguf(folder, path)
     assert "model.layers.0" in str(refusal.value)
-    assert "lossy export" in str(refusal.value)
+    assert "--allow-lossy" in str(refusal.value)
     assert not list(tmp_path.glob("*.gguf*"))
     said: list[str] = []
     result = export_gguf(folder, path, allow_lossy=True, say=said.append)

@@ -180,10 +180,10 @@ def test_static_ranges_that_are_none() -> None:
     [
         (ActivationSpec, {"bits": 9}, "less than or equal to 8"),
         (ActivationSpec, {"bits": 8, "clip": 0.0}, "greater than 0"),
-        (ActivationSpec, {"bits": 8, "clip": 0.9, "granularity": "tensor"}, "clip needs granularity='token'"),
+        (ActivationSpec, {"bits": 8, "clip": 0.9, "granularity": "tensor"}, "activations.granularity=token"),
         (ActivationSpec, {"bits": 8, "rope": "after"}, "Extra inputs"),
         (KvSpec, {"bits": 1}, "greater than or equal to 2"),
-        (KvSpec, {"bits": 4, "past_only": True, "rope": "before"}, "past_only needs rope='after'"),
+        (KvSpec, {"bits": 4, "past_only": True, "rope": "before"}, "activations.kv.rope=after"),
         (InputSite, {}, "nothing happens"),
         (InputSite, {"transform": "fourier"}, "hadamard"),
         (InputSite, {"transform": "hadamard", "scale": 1.0, "zero": 0}, "exactly where"),

@@ -218,7 +218,11 @@ def test_by_the_command_line(
         ("w8a16kv4g32", (), r"grid=fp8 has 8 bits, and the scheme says kv4: write kv8"),
         ("w8a16kv8g32", ("activations.kv.rope=before",), r"needs rope='after'"),
         ("w8a16kv8g32", ("activations.kv.past_only=true",), r"needs past_only=false"),
-        ("w8a16kv8g32", ("activations.kv.symmetric=true",), r"floats have none; leave it out"),
+        (
+            "w8a16kv8g32",
+            ("activations.kv.symmetric=true",),
+            r"floats have none; use --set activations.kv.symmetric=false",
+        ),
         ("w8a16kv8g32", ("activations.kv.grid=fp4",), r"activations\.kv\.grid"),
     ],
 )

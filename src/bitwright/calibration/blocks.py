@@ -301,7 +301,7 @@ def _check_windows(ids: Tensor, config: Any) -> None:
     if longest is not None and ids.shape[1] > longest:
         raise CalibrationError(
             f"calibration windows of {ids.shape[1]} tokens; the model reads at most {longest} "
-            f"(max_position_embeddings); set window_tokens to {longest} or less"
+            f"(max_position_embeddings); use --set calibration.window_tokens={longest} or less"
         )
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= config.vocab_size:

@@ -61,7 +61,7 @@ def token_weights(
                 parts.clear()
                 if not bool(torch.isfinite(weights).all()):
                     raise CalibrationError(
-                        f"{name} of block {index}: gradients are NaN or infinite; use weighting='uniform'"
+                        f"{name} of block {index}: gradients are NaN or infinite; use --set inputs.weighting=uniform"
                     )
     return found
 

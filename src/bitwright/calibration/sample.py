@@ -40,7 +40,7 @@ def sample_from_model(model: Any, windows: int, window_tokens: int, seed: int, *
     if longest is not None and window_tokens > longest:
         raise CalibrationError(
             f"calibration windows of {window_tokens} tokens; the model reads at most {longest} "
-            f"(max_position_embeddings); set window_tokens to {longest} or less"
+            f"(max_position_embeddings); use --set calibration.window_tokens={longest} or less"
         )
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(windows, window_tokens, generator=generator, dtype=torch.float64)
@@ -73,7 +73,7 @@ def _inverse(logits: Tensor, uniform: Tensor) -> Tensor:
     if not bool(cumulative[:, -1].isfinite().all()):
         raise CalibrationError(
             "sampling calibration text: the model's logits are not finite; needed finite ones; check the "
-            "checkpoint's weights for NaN, or use the text 'builtin'"
+            "checkpoint's weights for NaN, or use --calibration builtin"
         )
     # scaled by the last sum, which rounding keeps from being one exactly
     tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)

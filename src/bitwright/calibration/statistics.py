@@ -136,7 +136,7 @@ class Hessian:
         if not self.total_weight > 0:
             raise CalibrationError(
                 f"{self.name}: the Hessian saw {self.tokens} tokens of weight {self.total_weight:g}; needed some; "
-                "calibrate on more tokens, or use a method without data for this linear"
+                "calibrate on more tokens, or leave this linear in float with --set keep=NAME"
             )
 
 
@@ -212,8 +212,8 @@ class ChannelMoments:
     def _check_seen(self) -> None:
         if not self.tokens:
             raise CalibrationError(
-                f"{self.name}: no tokens were seen; needed some; calibrate on more tokens, or use a method without "
-                "data for this linear"
+                f"{self.name}: no tokens were seen; needed some; calibrate on more tokens, or leave this linear "
+                "in float with --set keep=NAME"
             )
 
 
@@ -255,7 +255,7 @@ def _check_inputs(inputs: Tensor, features: int, name: str) -> None:
     raise CalibrationError(
         f"{name}: {int(bad.sum())} of {inputs.numel()} inputs cannot be squared in float32, the first at token "
         f"{token}, channel {channel}: {float(inputs[token, channel])}; needed finite values up to {LARGEST:g}; "
-        "check the checkpoint's weights for NaN, or leave this linear in float"
+        "check the checkpoint's weights for NaN, or leave this linear in float with --set keep=NAME"
     )
 
 

@@ -93,7 +93,7 @@ def load_text(source: str | Path | None = None, split: Split = "evaluation", *, 
     if not _is_wikitext(content):
         raise EvaluationError(
             f"{path}: layout {layout!r} needs WikiText rows (a space at both ends, a ` = Title = ` first); "
-            f"found {content.lstrip()[:40]!r}; use layout 'plain'"
+            f"found {content.lstrip()[:40]!r}; use --layout plain"
         )
     if layout == "wikitext-original":
         return Text(path.name, "\n\n".join(_original_rows(path, content)), layout)
@@ -167,7 +167,7 @@ def _original_rows(path: Path, content: str) -> list[str]:
             raise EvaluationError(
                 f"{path}: the blank rows of this WikiText file are lost and the rebuilt file "
                 f"(SHA-256 {digest[:12]}) is no known original; give the original file, "
-                "or use layout 'wikitext'"
+                "or use --layout wikitext"
             )
     return [line + "\n" if line.strip() else "" for line in lines]
 

@@ -114,10 +114,10 @@ def calibration_windows(
     length = settings.window_tokens
     found = len(tokens) // length
     if found < settings.windows:
-        remedy = f"set windows to {found}" if found else f"set window_tokens to {max(1, len(tokens))}"
+        remedy = f"windows={found}" if found else f"window_tokens={max(1, len(tokens) // settings.windows)}"
         raise CalibrationError(
             f"calibration text {text.name!r}: found {len(tokens)} tokens; {settings.windows} windows of {length} need "
-            f"{settings.windows * length}; give a longer text, or {remedy} or less"
+            f"{settings.windows * length}; give a longer text, or use --set calibration.{remedy} or less"
         )
     order = torch.randperm(found, generator=torch.Generator().manual_seed(seed))
     windows = tokens[: found * length].reshape(found, length)[order[: settings.windows]]
@@ -128,7 +128,7 @@ def _sampled(settings: Calibration, seed: int, sample: Sampler | None) -> Tensor
     if sample is None:
         raise CalibrationError(
             "calibration text 'self': no sampler was given; it needs the float model in memory: pass sample, "
-            "or use the text 'builtin'"
+            "or use --calibration builtin"
         )
     needed = (settings.windows, settings.window_tokens)
     ids = sample(*needed, seed)

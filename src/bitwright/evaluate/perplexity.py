@@ -76,7 +76,7 @@ def token_windows(
     if windows == 0:
         raise EvaluationError(
             f"text {text.name!r}: found {len(tokens)} tokens; one window needs {step}; "
-            f"give a longer text, or pass length={max(2, len(tokens))} or less"
+            f"give a longer text, or use --length {max(2, len(tokens))} or less"
         )
     used = windows if limit is None else min(windows, limit)
     ids = torch.tensor(tokens[: used * step], dtype=torch.int64).reshape(used, step)
@@ -176,7 +176,7 @@ def _check_request(tokenizer: Any, length: int, limit: int | None, protocol: str
     if limit is not None and limit < 1:
         raise EvaluationError(f"found a limit of {limit} windows; needed 1 or more, or None for all")
     if protocol == "gptq+bos" and getattr(tokenizer, "bos_token_id", None) is None:
-        raise EvaluationError("protocol 'gptq+bos': this tokenizer has no BOS token; use protocol 'gptq'")
+        raise EvaluationError("protocol 'gptq+bos': this tokenizer has no BOS token; use --protocol gptq")
 
 
 def _protocol_id(protocol: Protocol, text: Text, ids: Tensor) -> str:

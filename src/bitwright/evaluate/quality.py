@@ -65,5 +65,5 @@ def _refuse_overlap(loaded: LoadedModel, windows: Windows, text: str) -> None:
     if count := overlap(windows.ids, known):
         raise EvaluationError(
             f"text {text!r}: holds {count} of the {len(known)} windows that {loaded.label} was calibrated on, so it "
-            "would flatter the model; evaluate on another text, or set allow_overlap to measure all the same"
+            "would flatter the model; evaluate on another text, or use --allow-overlap to measure all the same"
         )

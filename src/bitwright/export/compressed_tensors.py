@@ -94,7 +94,10 @@ def _problems(native: NativeFolder, odd_bits: bool) -> dict[str, str]:
         problem = refusal(entry, odd_bits) or _input_refusal(site)
         if module == embedding:
             # The library can pack one, but transformers (5.23) fails to load it.
-            problem = "is an embedding, which readers expect in floats; quantize with embeddings kept"
+            problem = (
+                "is an embedding, which readers expect in floats; quantize without the rule for it, or with "
+                f"--set keep={module}"
+            )
         if problem is not None:
             problems[module] = problem
     if native.sites.kv_cache is not None and (problem := kv_refusal(native.sites.kv_cache)) is not None:
@@ -106,7 +109,10 @@ def _input_refusal(site: InputSite | None) -> str | None:
     if site is None:
         return None
     if site.transform is not None:
-        return "has its input rotated at run time, needed inputs as they come; quantize with rotate.online_down=false"
+        return (
+            "has its input rotated at run time, needed inputs as they come; quantize with "
+            "--set rotate.online_down=false"
+        )
     return None if site.activation is None else activation_refusal(site.activation)
 
 

@@ -72,13 +72,20 @@ def _vllm(kernels: Kernels, rows: list[Row], kv_cache: KvSpec | None, embedding:
         found = next(_row_obstacles(kernels, row, row.spec), None)
         if found is None and row.module == embedding:
             reason = "is an embedding, which only recent versions read quantized"
-            found = Obstacle(row.module, reason, "keep embeddings in float", certain=not row.spec.symmetric)
+            found = Obstacle(
+                row.module,
+                reason,
+                f"leave out the rule that quantizes it, or use --set keep={row.module}",
+                certain=not row.spec.symmetric,
+            )
         if found is not None:
             yield found
     yield from _split_fusions(rows)
     if kv_cache is not None and kv_cache.grid == "int":
         reason = f"is quantized to {kv_cache.bits} bits for each token and head; vLLM knows fp8 with fixed scales"
-        yield Obstacle("the KV cache", reason, "use kv8 with activations.kv.grid=fp8, or leave kv out of the scheme")
+        yield Obstacle(
+            "the KV cache", reason, "use kv8 in the scheme with --set activations.kv.grid=fp8, or leave kv out of it"
+        )
 
 
 def _row_obstacles(kernels: Kernels, row: Row, spec: WeightSpec) -> Iterator[Obstacle]:
@@ -88,9 +95,9 @@ def _row_obstacles(kernels: Kernels, row: Row, spec: WeightSpec) -> Iterator[Obs
         reason, _, remedy = problem.rpartition("; ")
         yield Obstacle(row.module, reason, remedy)
     if row.method is not None and not isinstance(row.method.outliers, NoOutliers):
-        yield Obstacle(row.module, "may keep outliers, which have no place there", "set outliers to none")
+        yield Obstacle(row.module, "may keep outliers, which have no place there", "use --set outliers.name=none")
     if row.hadamard:
-        yield Obstacle(row.module, "has its input rotated at run time", "set rotate.online_down=false")
+        yield Obstacle(row.module, "has its input rotated at run time", "use --set rotate.online_down=false")
     yield from kernels(row, spec) if row.activation is None else _with_inputs(row, spec, row.activation)
 
 
@@ -100,7 +107,11 @@ def _on_cpu(row: Row, spec: WeightSpec) -> Iterator[Obstacle]:
         yield Obstacle(row.module, reason, "use w4a16, w8a8, or serve the native folder with the plugin")
     if any(size % _CPU_TILE for size in row.shape):
         reason = f"is {list(row.shape)}; the kernel for processors needs multiples of {_CPU_TILE}"
-        yield Obstacle(row.module, reason, "keep it in float, or serve the native folder with the plugin")
+        yield Obstacle(
+            row.module,
+            reason,
+            f"use --set keep={row.module} to leave it in float, or serve the native folder with the plugin",
+        )
 
 
 def _on_gpu(row: Row, spec: WeightSpec) -> Iterator[Obstacle]:
@@ -118,13 +129,17 @@ def _on_gpu(row: Row, spec: WeightSpec) -> Iterator[Obstacle]:
         yield Obstacle(row.module, reason, f"use {sizes}, or no g for one group per channel", False)
     if any(size % tile for size, tile in zip(row.shape, _MARLIN_TILE, strict=True)):
         reason = f"is {list(row.shape)}, no multiple of {list(_MARLIN_TILE)}: the fastest kernels do not take it"
-        yield Obstacle(row.module, reason, "keep it in float if vLLM refuses it", False)
+        yield Obstacle(
+            row.module, reason, f"use --set keep={row.module} to leave it in float, if vLLM refuses it", False
+        )
 
 
 def _with_inputs(row: Row, spec: WeightSpec, inputs: ActivationSpec) -> Iterator[Obstacle]:
     label = f"has w{spec.bits}a{inputs.bits}"
     if inputs.clip != 1:
-        yield Obstacle(row.module, f"clips its inputs to {inputs.clip:g} of their range", "set activation clip to 1")
+        yield Obstacle(
+            row.module, f"clips its inputs to {inputs.clip:g} of their range", "use --set activations.clip=1"
+        )
     if inputs.bits != 8 or spec.bits not in (4, 8):
         yield Obstacle(row.module, f"{label}, and vLLM takes w8a8", "use w8a8, or w4a16")
     if not spec.symmetric:

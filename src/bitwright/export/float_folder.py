@@ -55,7 +55,7 @@ def export_float(
             return tensor
         stored = tensor.to(kind)
         if not torch.equal(torch.isfinite(stored), torch.isfinite(tensor)):
-            raise FormatError(f"{name}: a value does not fit {dtype}; export to bfloat16 or float32")
+            raise FormatError(f"{name}: a value does not fit {dtype}; export with another dtype")
         return stored
 
     config = {key: value for key, value in native.config.items() if key != "torch_dtype"} | {"dtype": dtype}

@@ -246,7 +246,7 @@ def as_float(tensor: str, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, f
     if not bool(torch.isfinite(stored).all()):
         raise FormatError(
             f"{tensor}: a weight of {float(weight.abs().max()):.3g} does not fit {dtype}; "
-            "export to bfloat16 or float32, or set dtype in config.json to bfloat16"
+            "set dtype in the folder's config.json to bfloat16, or export --to hf"
         )
     error, signal = squared_error(weight, stored.float())
     return stored, None if error == 0 else sqnr_db(error, signal)
@@ -265,7 +265,7 @@ def refuse(target: str, problems: Mapping[str, str], allow_lossy: bool) -> None:
     if problems and not allow_lossy:
         name, problem = next(iter(problems.items()))
         more = f" ({len(problems)} tensors cannot be exported)" if len(problems) > 1 else ""
-        raise FormatError(f"{name}: {problem}{more}; or allow the {target} export to be lossy, which writes floats")
+        raise FormatError(f"{name}: {problem}{more}; or export with --allow-lossy, which writes floats")
 
 
 @contextmanager

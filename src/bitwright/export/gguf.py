@@ -169,7 +169,7 @@ def _problems(native: NativeFolder) -> dict[str, str]:
     if native.sites.kv_cache is not None:
         problems[_KV_CACHE] = (
             f"quantized to {native.sites.kv_cache.bits} bits, which a GGUF file cannot say; quantize with a scheme "
-            "without kv, or allow a lossy export and start llama.cpp with --cache-type-k and --cache-type-v"
+            "without kv, or export with --allow-lossy and start llama.cpp with --cache-type-k and --cache-type-v"
         )
     for module in native.entries:
         problem = _problem(native, module)
@@ -182,18 +182,18 @@ def _problem(native: NativeFolder, module: str) -> str | None:
     entry, site = native.entries[module], native.sites.inputs.get(module)
     if entry.outliers:
         return (
-            f"{entry.outliers} outliers have no place in a GGUF block; quantize with a method without outliers "
-            "(--set outliers.name=none), or allow a lossy export"
+            f"{entry.outliers} outliers have no place in a GGUF block; quantize with "
+            "--set outliers.name=none, or export with --allow-lossy"
         )
     if site is not None and site.transform is not None:
         return (
             f"its inputs take a {site.transform} transform, which llama.cpp does not compute; quantize with "
-            "rotate.online_down=false, or allow a lossy export"
+            "--set rotate.online_down=false, or export with --allow-lossy"
         )
     if site is not None:
         return (
-            "its inputs are quantized, and llama.cpp has its own way with inputs; quantize with a scheme w..a16, or "
-            "allow a lossy export, which leaves them in float"
+            "its inputs are quantized, and llama.cpp has its own way with inputs; quantize with a16 in the "
+            "scheme, or export with --allow-lossy, which leaves them in float"
         )
     try:
         _exact_type(native, module)

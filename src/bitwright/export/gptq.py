@@ -80,7 +80,9 @@ def export_awq(folder: str | Path, out: str | Path, *, allow_lossy: bool = False
         # one group per row is the same under any name
         alone = entry.spec.groups(entry.shape[1]) == 1 and common in (-1, entry.shape[1])
         if module not in problems and _group_size(entry) != common and not alone:
-            problems[module] = f"has groups of {_group_size(entry)}, needed {common} as in most linears; use one size"
+            problems[module] = (
+                f"has groups of {_group_size(entry)}, needed {common} as in most linears; quantize all with one size"
+            )
     refuse("awq", problems, allow_lossy)
     floats = sorted({*native.unquantized(), *native.tied, *(problems.keys() - {KV_CACHE})})
     quantization = {
@@ -129,9 +131,14 @@ def _problems(native: NativeFolder, version: Version | None) -> dict[str, str]:
     for module, entry in native.entries.items():
         problem = layout.refusal(entry, awq=version is None)
         if module in native.sites.inputs:
-            problem = problem or "has a rotated or quantized input, needed inputs as they come; use a scheme with a16"
+            problem = problem or (
+                "has a rotated or quantized input, needed inputs as they come; quantize with a16 in the scheme and "
+                "--set rotate=none"
+            )
         if module == embedding:
-            problem = problem or "is an embedding, needed a linear; keep embeddings in float"
+            problem = problem or (
+                f"is an embedding, needed a linear; quantize without the rule for it, or with --set keep={module}"
+            )
         if problem is None:
             problem = layout.grid_refusal(native.grid(module), version)
         if problem is not None:

@@ -79,15 +79,15 @@ def refuse_early(plan: Plan, target: Target) -> None:
         entry = TensorEntry(row.spec, (row.shape[0], row.shape[1]))
         problem = _problem(entry, target)
         if row.method is not None and not isinstance(row.method.outliers, NoOutliers):
-            problem = "may keep outliers, which have no place there; set outliers to none"
+            problem = "may keep outliers, which have no place there; use --set outliers.name=none"
         if problem is None and row.hadamard:
-            problem = "has its input rotated at run time; set rotate.online_down=false"
+            problem = "has its input rotated at run time; use --set rotate.online_down=false"
         if problem is not None:
             raise FormatError(f"{row.tensor}: {problem} {_OTHERWISE}")
     if plan.kv_cache is not None and (target != "compressed-tensors" or plan.kv_cache.grid == "int"):
         raise FormatError(
             f"the KV cache is {plan.kv_cache.label()}, for which {target} has no place; leave kv out of the scheme, "
-            f"or use compressed-tensors with activations.kv.grid=fp8 {_OTHERWISE}"
+            f"or use --format compressed-tensors with --set activations.kv.grid=fp8 {_OTHERWISE}"
         )
 
 

@@ -75,11 +75,11 @@ def refusal(entry: TensorEntry, odd_bits: bool = False) -> str | None:
     if 32 % spec.bits and not odd_bits:
         return (
             f"has {spec.bits} bits, which compressed-tensors before {OLDEST_READER} misreads without an error, needed "
-            "2, 4 or 8; ask for odd bits if every reader is newer"
+            "2, 4 or 8; quantize with w4 or w8 in the scheme"
         )
     width = spec.group_width(in_features)
     if in_features % width:
-        return f"has {in_features} inputs in groups of {width}, needed whole groups; choose a group size that divides"
+        return f"has {in_features} inputs in groups of {width}, needed whole groups; quantize with no g in the scheme"
     return None
 
 

@@ -54,7 +54,7 @@ class Group:
 def activation_refusal(spec: ActivationSpec) -> str | None:
     """Why the format cannot say how inputs are quantized, and what to do about it; None if it can."""
     if spec.clip != 1:
-        return f"clips the ranges of its inputs to {spec.clip:g}, needed 1; quantize with activation clip=1"
+        return f"clips the ranges of its inputs to {spec.clip:g}, needed 1; quantize with --set activations.clip=1"
     return None
 
 

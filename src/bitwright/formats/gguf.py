@@ -101,8 +101,8 @@ TYPES = {
 }
 
 REMEDY = (
-    "quantize with a scheme such as w4a16g32-sym (Q4_0), w3a16g32-asym (Q4_0) or w4a16g32-asym (Q5_0), or allow a "
-    "lossy export"
+    "quantize with --set bilevel=none --scheme w4a16g32-sym (Q4_0), w3a16g32-asym (Q4_0) or w4a16g32-asym (Q5_0), or "
+    "export with --allow-lossy"
 )
 
 
@@ -120,7 +120,10 @@ def gguf_grid(bits: int, in_features: int) -> WeightSpec:
         FormatError: rows are not whole blocks of 32.
     """
     if in_features % 32:
-        raise FormatError(f"{in_features} columns; GGUF's quantized types need a multiple of 32: keep this tensor")
+        raise FormatError(
+            f"{in_features} columns, and GGUF's quantized types need a multiple of 32; leave it in float with "
+            "--set keep=NAME"
+        )
     return TYPES[(_OF_BLOCKS if in_features % 256 else _OF_WHOLE_SUPERBLOCKS)[bits]].spec
 
 

@@ -40,20 +40,29 @@ def refusal(entry: TensorEntry, awq: bool = False) -> str | None:
     if (problem := beyond_plain_codes(entry)) is not None:
         return problem
     if spec.bits not in bits:
-        return f"has {spec.bits} bits, needed {', '.join(str(one) for one in bits)}"
+        return f"has {spec.bits} bits, needed {', '.join(str(one) for one in bits)}; quantize with w4 in the scheme"
     if in_features % spec.group_width(in_features):
-        return f"has {in_features} inputs in groups of {spec.group_size}, needed whole groups"
+        return (
+            f"has {in_features} inputs in groups of {spec.group_size}, needed whole groups; quantize with no g in the "
+            "scheme"
+        )
     if out_features * spec.bits % 32 or (not awq and in_features * spec.bits % 32):
-        return f"is {list(entry.shape)} of {spec.bits} bits, needed sizes that fill 32-bit words; keep it in float"
+        return (
+            f"is {list(entry.shape)} of {spec.bits} bits, needed sizes that fill 32-bit words; leave it in float with "
+            "--set keep=NAME"
+        )
     return None
 
 
 def grid_refusal(grid: Grid, version: Version | None) -> str | None:
     """The same for its scales and zeros; `version` None for AWQ."""
     if _scales(grid) is None:
-        return f"has {grid.spec.scale_dtype} scales beyond float16, needed 16-bit ones; set scale_dtype=float16"
+        return (
+            f"has {grid.spec.scale_dtype} scales beyond float16, needed 16-bit ones; quantize with "
+            "--set scale_dtype=float16"
+        )
     if version == 1 and bool((grid.zero < 1).any()):
-        return "has a zero of 0, which version 1 cannot hold; export version 2 (gptq_v2)"
+        return "has a zero of 0, which version 1 cannot hold; quantize with a symmetric scheme (-sym)"
     return None
 
 

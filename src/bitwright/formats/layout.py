@@ -142,9 +142,9 @@ def beyond_plain_codes(entry: TensorEntry) -> str | None:
     """
     spec = entry.spec
     if spec.bilevel is not None:
-        return f"has a two-level grid ({spec.label()}), needed one level; quantize without bilevel"
+        return f"has a two-level grid ({spec.label()}), needed one level; quantize with --set bilevel=none"
     if entry.outliers:
-        return f"has {entry.outliers} outliers, needed none; quantize with outliers='none'"
+        return f"has {entry.outliers} outliers, needed none; quantize with --set outliers.name=none"
     if spec.zero == "float":
-        return "has float zeros, needed integers; quantize with zero='int'"
+        return "has float zeros, needed integers; quantize with --set zero=int"
     return None

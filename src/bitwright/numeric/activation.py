@@ -37,7 +37,10 @@ class ActivationSettings(Settings):
     @model_validator(mode="after")
     def _static_ranges_are_given(self) -> ActivationSettings:
         if self.granularity == "tensor" and self.clip != 1:
-            raise ValueError("a static range is given as it is to be; clip needs granularity='token'")
+            raise ValueError(
+                "a static range is given as it is to be; use --set activations.clip=1 or "
+                "--set activations.granularity=token"
+            )
         return self
 
 
@@ -72,7 +75,10 @@ class KvSettings(Settings):
     @model_validator(mode="after")
     def _own_key_is_rotated(self) -> KvSettings:
         if self.past_only and self.rope == "before":
-            raise ValueError("a key quantized before RoPE has no float form after it; past_only needs rope='after'")
+            raise ValueError(
+                "a key quantized before RoPE has no float form after it; use --set activations.kv.rope=after or "
+                "--set activations.kv.past_only=false"
+            )
         return self
 
     @model_validator(mode="after")
@@ -80,11 +86,18 @@ class KvSettings(Settings):
         if self.grid == "int":
             return self
         if self.rope == "before":
-            raise ValueError("fixed scales are those of keys as attention reads them; grid='fp8' needs rope='after'")
+            raise ValueError(
+                "fixed scales are those of keys as attention reads them; use --set activations.kv.rope=after"
+            )
         if self.past_only:
-            raise ValueError("engines read every key and value from the cache; grid='fp8' needs past_only=false")
+            raise ValueError(
+                "engines read every key and value from an fp8 cache; use --set activations.kv.past_only=false"
+            )
         if self.symmetric:
-            raise ValueError("symmetric says where the zero of integers is, and floats have none; leave it out")
+            raise ValueError(
+                "symmetric says where the zero of integers is, and floats have none; use "
+                "--set activations.kv.symmetric=false"
+            )
         return self
 
 

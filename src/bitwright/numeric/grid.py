@@ -41,7 +41,7 @@ def stored_scale(scale: Tensor, spec: WeightSpec) -> Tensor:
     if scale.numel() and scale.abs().max().item() > info.max:
         raise WeightError(
             f"a scale of {scale.abs().max().item():.3g} does not fit {spec.scale_dtype} (at most {info.max:.3g}); "
-            "set scale_dtype=bfloat16"
+            "use --set scale_dtype=bfloat16"
         )
     # float16 needs its subnormals: steps below 6e-5 occur. The other two reach 1e-38 without them.
     smallest = 2.0**-24 if spec.scale_dtype == "float16" else info.smallest_normal

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -17,20 +19,62 @@ def explain(error: ValidationError, model: type[Settings]) -> str:
     """Pydantic's findings in one line each, with the keys that would have been understood."""
     lines = []
     for found in error.errors():
-        # Union tags (the names of ranges and policies) are pydantic's own path steps, not keys of the file.
-        location = ".".join(str(part) for part in found["loc"])
+        keys, fields = _place(model, found["loc"])
+        location = ".".join(keys)
         if found["type"] == "extra_forbidden":
-            known = list(model.model_fields)
-            name = str(found["loc"][-1])
-            hint = nearest_name(name, known) if len(found["loc"]) == 1 else ""
-            lines.append(f"unknown key {location}{hint}")
+            lines.append(f"unknown key {location}{nearest_name(keys[-1], fields)}")
+        elif found["type"] == "union_tag_invalid":
+            tag, known = str(found["ctx"]["tag"]), found["ctx"]["expected_tags"].replace("'", "").split(", ")
+            lines.append(f"{location}.name is {tag!r}, which is unknown{nearest_name(tag, known)}")
         else:
             got = "" if isinstance(found["input"], dict) else f" (got {found['input']!r})"
-            lines.append(f"{location + ': ' if location else ''}{found['msg']}{got}")
+            lines.append(f"{location + ': ' if location else ''}{found['msg'].removeprefix('Value error, ')}{got}")
     return "; ".join(lines)
 
 
-def nearest_name(name: str, known: list[str]) -> str:
+def annotations_at(model: type[Settings], path: Sequence[str]) -> list[Any]:
+    """The types that the field at `path` may have, one for each model that may hold it; empty: no such field."""
+    models = [model]
+    for key in path[:-1]:
+        models = [inner for one in models if key in one.model_fields for inner in _models_of(one, key)]
+    return [one.model_fields[path[-1]].annotation for one in models if path[-1] in one.model_fields]
+
+
+def _place(model: type[Settings], steps: Sequence[int | str]) -> tuple[list[str], list[str]]:
+    """The keys among pydantic's `steps`, and the fields of the models that hold the last one.
+
+    The others are tags of unions, which are the names of ranges and policies, and no keys of a file.
+    """
+    keys: list[str] = []
+    models = [model]
+    for step in steps:
+        tagged = [one for one in models if "name" in one.model_fields and one.model_fields["name"].default == step]
+        if tagged and not any(step in one.model_fields for one in models):
+            models = tagged
+            continue
+        keys.append(str(step))
+        models = [inner for one in models if step in one.model_fields for inner in _models_of(one, str(step))] or models
+    return keys, list(dict.fromkeys(field for one in models for field in one.model_fields))
+
+
+def _models_of(model: type[Settings], field: str) -> list[type[Settings]]:
+    """The models among the types that `field` may have."""
+    waiting, found = [model.model_fields[field].annotation], []
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, type) and issubclass(one, Settings):
+            found.append(one)
+        waiting += get_args(one)
+    return found
+
+
+def known_name(given: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that is spelled like `given`, but for capitals; None where there is none."""
+    return next((name for name in known if name.casefold() == given.casefold()), None)
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
     """The known name that was perhaps meant, or all of them, to go behind a refusal."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    names = {one.casefold(): one for one in known}
+    close = difflib.get_close_matches(name.casefold(), list(names), n=1)
+    return f"; did you mean {names[close[0]]!r}?" if close else f"; known: {', '.join(names.values())}"

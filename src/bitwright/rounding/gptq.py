@@ -61,7 +61,7 @@ class Gptq(Settings):
     @model_validator(mode="after")
     def _updated_groups_stay_together(self) -> Gptq:
         if self.groups == "updated" and self.order == "activation":
-            raise ValueError("groups='updated' needs order='grouped' or 'natural': order='activation' scatters groups")
+            raise ValueError("order=activation scatters groups that are updated; use --set rounding.order=natural")
         return self
 
 
@@ -117,7 +117,7 @@ def _fallbacks(factor: Factor) -> tuple[str, ...]:
     if factor.failed:
         found.append(f"{NEAREST}: the Hessian cannot be factorized")
     if factor.dead == factor.order.numel():
-        found.append(f"{NEAREST}: no calibration token reached this linear")
+        found.append(f"{NEAREST}: all inputs that calibration gave this linear are zero")
     return tuple(found)
 
 

@@ -52,7 +52,10 @@ class Obs(Settings):
     @model_validator(mode="after")
     def _scope_is_of_a_share(self) -> Obs:
         if self.scope == "model" and not self.keeps_a_share:
-            raise ValueError("scope='model' spreads a share over tensors; leave out threshold and loss")
+            raise ValueError(
+                "scope=model spreads a share over tensors; use --set outliers.threshold=none --set outliers.loss=none, "
+                "or --set outliers.scope=tensor"
+            )
         return self
 
     @property

@@ -38,7 +38,7 @@ from bitwright.numeric.hadamard import hadamard_blocks, random_rotation
 from bitwright.numeric.settings import Settings
 
 _ROWS = 8192  # of an embedding that are in float64 at once
-REMEDY = "choose another transform, or residual = false"
+REMEDY = "use --set rotate=none, or --set rotate.residual=false"
 
 
 class Rotate(Settings):
@@ -59,7 +59,9 @@ class Rotate(Settings):
     @model_validator(mode="after")
     def _does_something(self) -> Rotate:
         if not (self.residual or self.values or self.online_down):
-            raise ValueError("rotate with residual, values and online_down all false does nothing; leave it out")
+            raise ValueError(
+                "rotate with residual, values and online_down all false does nothing; use --set rotate=none"
+            )
         return self
 
 
@@ -322,12 +324,14 @@ def _check_architecture(adapter: Adapter, settings: Rotate) -> None:
         # an edge promises equality under rescaling only: gated attention has one and allows no rotation
         raise PlanError(
             f"rotate: {kind} is a discovered architecture, and nobody has checked that rotations leave its output "
-            f"unchanged; they do for {', '.join(sorted(ADAPTERS))}; choose another transform"
+            f"unchanged; they do for {', '.join(sorted(ADAPTERS))}; use --set rotate=none"
         )
     if adapter.stacks:
         raise PlanError(f"rotate: {kind} holds experts in {adapter.stacks[0]}, which are not rotated; {REMEDY}")
     if settings.values and attention is None:
-        raise PlanError(f"rotate: {kind} has no edge from values to the output projection; use values = false")
+        raise PlanError(
+            f"rotate: {kind} has no edge from values to the output projection; use --set rotate.values=false"
+        )
     if not settings.residual:
         return
     explained = {name for edge in adapter.edges if isinstance(edge, NormEdge | RotaryEdge) for name in edge.modules}

@@ -63,8 +63,8 @@ class QuantizedModel:
         if sites.kv_cache is not None and sites.kv_cache.grid == "int":
             raise FormatError(
                 f"quantization_config.kv_cache: {sites.kv_cache.bits} bits for each token and head, needed none: vLLM "
-                "keeps its own KV cache; quantize with activations.kv.grid=fp8 or a scheme without kv, or run the "
-                "model with transformers"
+                "keeps its own KV cache; quantize with --set activations.kv.grid=fp8 or a scheme without kv, or run "
+                "the model with transformers"
             )
         return QuantizedModel(read_quantization_config(config), sites.inputs, read_tied(config), sites.kv_scales)
 
