@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.checkpoint.manifest import read_manifest, verify_manifest
+from bitwright.checkpoint.open import model_name
 from bitwright.checkpoint.shard import read_header
 from bitwright.errors import FormatError
 from bitwright.formats.native import TensorEntry, packed_bytes, parts, read_quantization_config
@@ -46,7 +47,7 @@ def inspect(folder: str | Path, *, verify: bool = False) -> Inspection:
     Raises:
         FormatError: the folder is not a complete bitwright result, or its parts contradict each other.
     """
-    folder = Path(folder)
+    folder = Path(model_name(folder))
     manifest = read_manifest(folder)
     complaints = verify_manifest(folder) if verify else []
     if complaints:

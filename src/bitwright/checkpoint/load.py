@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bitwright.checkpoint.open import open_source
+from bitwright.checkpoint.open import model_name, open_source
 from bitwright.checkpoint.quiet import quiet_transformers
 from bitwright.checkpoint.source import HuggingFaceSource, Source
 from bitwright.errors import CheckpointError
@@ -56,6 +56,7 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     Raises:
         CheckpointError: nothing of that name can be read, or weights or tokenizer are missing.
     """
+    model = model_name(model)
     folder = Path(model)
     if _is_quantized(folder):
         from bitwright.runtime.huggingface import register

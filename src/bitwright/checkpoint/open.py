@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from os import PathLike, fspath
 from pathlib import Path
 
 from bitwright.checkpoint.demo import DemoSource
@@ -19,6 +20,7 @@ def open_source(model: str) -> Source:
     Raises:
         CheckpointError: nothing of that name can be read; the message lists what was tried.
     """
+    model = model_name(model)
     if model == "demo":
         return DemoSource()
     path = Path(model)
@@ -31,6 +33,21 @@ def open_source(model: str) -> Source:
     if _HUB_ID.fullmatch(model):
         return HuggingFaceSource(_download(model), label=model)
     raise CheckpointError(f"{model}: not found; needed a folder, a .gguf file, a hub id (owner/name) or 'demo'")
+
+
+def model_name(model: object) -> str:
+    """`model` as a text, where it names one.
+
+    Raises:
+        CheckpointError: it is a model itself, or anything else that is no name or path.
+    """
+    if isinstance(model, str | PathLike):
+        return fspath(model)
+    raise CheckpointError(
+        f"model is an object of class {type(model).__name__}, needed the name of one: a folder, a .gguf file, a hub id "
+        "or 'demo'; save it first with model.save_pretrained(FOLDER) and tokenizer.save_pretrained(FOLDER), and give "
+        "FOLDER"
+    )
 
 
 def _download(hub_id: str) -> Path:

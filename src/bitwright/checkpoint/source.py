@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bitwright.checkpoint.shard import TensorInfo, read_header, read_tensor
 from bitwright.errors import CheckpointError
+from bitwright.formats import compressed_tensors, config
 
 # Everything a tokenizer or a generation loop may need beside the weights.
 SIDE_FILES = (
@@ -26,6 +27,9 @@ SIDE_FILES = (
     "chat_template*",
     "generation_config.json",
 )
+
+# What `bitwright import` reads, by the quant_method of its config.json.
+IMPORTED = (compressed_tensors.QUANT_METHOD, "gptq", "awq")
 
 
 class Source(ABC):
@@ -75,8 +79,7 @@ class HuggingFaceSource(Source):
         self.label = label or str(folder)
         self.config = _read_json(folder / "config.json", "a Hugging Face folder has one")
         if "quantization_config" in self.config:
-            method = self.config["quantization_config"].get("quant_method", "unknown")
-            raise CheckpointError(f"{folder}: already quantized ({method}); start from the float checkpoint instead")
+            raise CheckpointError(f"{folder}: {_quantized_already(self.config['quantization_config'], folder)}")
         self._place = locate_tensors(folder)
         self.tensors = {name: info for name, (_, info) in self._place.items()}
 
@@ -97,6 +100,19 @@ class HuggingFaceSource(Source):
             for path in sorted(self.folder.glob(pattern)):
                 if path.is_file() and not path.name.endswith(".gguf"):
                     shutil.copyfile(path, folder / path.name)
+
+
+def _quantized_already(settings: Any, folder: Path) -> str:
+    """What to do with a folder that some program quantized: its `quantization_config` says which."""
+    method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else "unknown"
+    if method == config.QUANT_METHOD:
+        return "bitwright quantized it already; this needs the float model that it was made from"
+    if method in IMPORTED:
+        return (
+            f"already quantized ({method}); read it code for code with: bitwright import {folder} -o OUT, or start "
+            "from the float checkpoint"
+        )
+    return f"already quantized ({method}); start from the float checkpoint instead"
 
 
 def locate_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:

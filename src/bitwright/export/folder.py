@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bitwright.checkpoint.manifest import read_manifest
+from bitwright.checkpoint.open import model_name
 from bitwright.checkpoint.shard import TensorInfo, fsync_folder, read_header, read_tensor, write_shard, write_text
 from bitwright.checkpoint.source import SIDE_FILES
 from bitwright.errors import CheckpointError, FormatError, PlanError, ResumeError
@@ -132,7 +133,7 @@ class NativeFolder:
             FormatError: the folder is not a complete bitwright result, or its parts contradict each other.
             CheckpointError: a shard is missing or damaged.
         """
-        folder = Path(folder)
+        folder = Path(model_name(folder))
         manifest, config = read_manifest(folder), read_config(folder)
         quantization = config.pop("quantization_config")
         entries = read_quantization_config(quantization)

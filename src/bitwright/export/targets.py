@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, get_args
 
+from bitwright.checkpoint.open import model_name
 from bitwright.errors import FormatError, PlanError
 from bitwright.export.compressed_tensors import export_compressed_tensors
 from bitwright.export.engines import Obstacle, for_engine
@@ -59,6 +60,7 @@ def import_model(path: str | Path, out: str | Path, *, say: Say = silent) -> Exp
         CheckpointError: a file cannot be read.
         ResumeError: `out` exists, or another process writes it.
     """
+    path = model_name(path)
     reader = import_gguf if Path(path).suffix == ".gguf" else import_folder
     return reader(path, out, say=say)
 
