@@ -65,7 +65,7 @@ def test_wikitext_rows_are_joined_alike_with_and_without_blank_rows(tmp_path, co
 def test_original_rows_are_rebuilt_only_when_the_original_is_known(tmp_path, monkeypatch):
     path = tmp_path / "wiki.txt"
     path.write_text("\n".join(ROWS) + "\n", encoding="utf-8")
-    with pytest.raises(EvaluationError, match=r"wiki\.txt.*no known original.*layout 'wikitext'"):
+    with pytest.raises(EvaluationError, match=r"wiki\.txt.*no known original.*--layout wikitext"):
         load_text(path, layout="wikitext-original")
     monkeypatch.setattr(module, "ORIGINALS", {hashlib.sha256(ORIGINAL.encode()).hexdigest(): "test"})
     rebuilt = load_text(path, layout="wikitext-original")

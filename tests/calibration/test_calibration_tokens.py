@@ -82,15 +82,15 @@ def test_layout_is_that_of_evaluation_text(tmp_path):
     path.write_text(" = A = \n" + " word \n" * 40)
     found = calibration_windows(settings(path, windows=1, window_tokens=32), Words(), 0)
     assert found.label.startswith("wiki.txt@")
-    with pytest.raises(CalibrationError, match=r"no known original.*layout 'wikitext'"):
+    with pytest.raises(CalibrationError, match=r"no known original.*--set calibration.layout=wikitext"):
         calibration_windows(settings(path, layout="wikitext-original"), Words(), 0)
 
 
 @pytest.mark.parametrize(
-    ("windows", "window_tokens", "remedy"), [(16, 64, "windows to 15"), (1, 2000, "window_tokens to 1001")]
+    ("windows", "window_tokens", "remedy"), [(16, 64, "windows=15"), (1, 2000, "window_tokens=1001")]
 )
 def test_too_little_text_names_what_was_found_needed_and_the_remedy(file, windows, window_tokens, remedy):
-    message = rf"words\.txt': found 1001 tokens; .* need {windows * window_tokens}; .*set {remedy} or less"
+    message = rf"words\.txt': found 1001 tokens; .* need {windows * window_tokens}; .*--set calibration.{remedy} or less"
     with pytest.raises(CalibrationError, match=message):
         calibration_windows(settings(file, windows, window_tokens), Words(), 0)
 

@@ -39,7 +39,7 @@ def calibrated(tmp_path, tiny_llama_folder, texts):
 
 
 def test_calibration_text_is_refused_unless_allowed(calibrated, texts, tiny_llama_folder):
-    message = r"text 'seen\.txt': holds 3 of the 3 windows that .*out was calibrated on.*allow_overlap"
+    message = r"text 'seen\.txt': holds 3 of the 3 windows that .*out was calibrated on.*--allow-overlap"
     with pytest.raises(bitwright.EvaluationError, match=message):
         bitwright.eval(calibrated, against="no model is read in vain", text=texts[0], options=OPTIONS)
     allowed = bitwright.EvalOptions(windows=None, length=128, allow_overlap=True)

@@ -89,7 +89,7 @@ def test_progress_counts_windows(windows):
 
 
 def test_too_short_a_text_says_how_many_tokens_there_are():
-    with pytest.raises(EvaluationError, match=r"'tiny': found 6 tokens; one window needs 2048.*length=6"):
+    with pytest.raises(EvaluationError, match=r"'tiny': found 6 tokens; one window needs 2048.*--length 6"):
         token_windows(Letters(), Text("tiny", "abcde"))
 
 
@@ -108,7 +108,7 @@ def test_requests_without_a_meaning_are_refused(text, arguments, message):
 
 def test_gptq_bos_needs_a_bos_token(text):
     tokenizer = SimpleNamespace(bos_token_id=None)
-    with pytest.raises(EvaluationError, match="no BOS token; use protocol 'gptq'"):
+    with pytest.raises(EvaluationError, match="no BOS token; use --protocol gptq"):
         token_windows(tokenizer, text, protocol="gptq+bos")
 
 

@@ -214,10 +214,10 @@ def test_by_the_command_line(
 @pytest.mark.parametrize(
     ("scheme", "more", "message"),
     [
-        ("w8a16g32", (), r"grid=fp8 has 8 bits, and the scheme says no kv: write kv8"),
-        ("w8a16kv4g32", (), r"grid=fp8 has 8 bits, and the scheme says kv4: write kv8"),
-        ("w8a16kv8g32", ("activations.kv.rope=before",), r"needs rope='after'"),
-        ("w8a16kv8g32", ("activations.kv.past_only=true",), r"needs past_only=false"),
+        ("w8a16g32", (), r"grid=fp8 has 8 bits, and the scheme says no kv; write kv8"),
+        ("w8a16kv4g32", (), r"grid=fp8 has 8 bits, and the scheme says kv4; write kv8"),
+        ("w8a16kv8g32", ("activations.kv.rope=before",), r"activations.kv.rope=after"),
+        ("w8a16kv8g32", ("activations.kv.past_only=true",), r"activations.kv.past_only=false"),
         (
             "w8a16kv8g32",
             ("activations.kv.symmetric=true",),

@@ -170,7 +170,8 @@ def _load(settings: Calibration) -> Text:
             return _from_hub(settings)
         return load_text(settings.text, "calibration", layout=settings.layout)
     except EvaluationError as error:  # text serves both; here it is the calibration that cannot be run
-        raise CalibrationError(f"calibration text: {error}") from error
+        remedy = str(error).replace("--layout ", "--set calibration.layout=")
+        raise CalibrationError(f"calibration text: {remedy}") from error
 
 
 def _from_hub(settings: Calibration) -> Text:

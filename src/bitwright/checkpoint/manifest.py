@@ -41,9 +41,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise FormatError(
-            f"{folder}: no {MANIFEST}; not a folder that quantize or import completed"
-        ) from error
+        raise FormatError(f"{folder}: no {MANIFEST}; not a folder that quantize or import completed") from error
     except ValueError as error:
         raise FormatError(f"{path}: not JSON ({error}); the folder is damaged") from error
     if not isinstance(content, dict) or content.get("manifest_version") != MANIFEST_VERSION:
