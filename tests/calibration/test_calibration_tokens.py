@@ -90,7 +90,7 @@ def test_layout_is_that_of_evaluation_text(tmp_path):
     ("windows", "window_tokens", "remedy"), [(16, 64, "windows=15"), (1, 2000, "window_tokens=1001")]
 )
 def test_too_little_text_names_what_was_found_needed_and_the_remedy(file, windows, window_tokens, remedy):
-    message = rf"words\.txt': found 1001 tokens; .* need {windows * window_tokens}; .*--set calibration.{remedy} or less"
+    message = rf"words\.txt': found 1001 .* need {windows * window_tokens}; .*--set calibration.{remedy} or less"
     with pytest.raises(CalibrationError, match=message):
         calibration_windows(settings(file, windows, window_tokens), Words(), 0)
 
