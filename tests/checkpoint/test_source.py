@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitwright.checkpoint.open import open_source
+from bitwright.checkpoint.open import find_source
 from bitwright.checkpoint.shard import read_header, read_tensor, write_shard
 from bitwright.checkpoint.source import HuggingFaceSource
 from bitwright.errors import CheckpointError
@@ -87,7 +87,7 @@ def set_index(folder: Path, weight_map: object) -> None:
 
 
 def test_sharded_folders(tmp_path: Path) -> None:
-    source = open_source(str(sharded(tmp_path)))
+    source = HuggingFaceSource(sharded(tmp_path))
     assert torch.equal(source.read("a"), TENSORS["a"])
     assert torch.equal(source.read("c"), TENSORS["c"])
     with pytest.raises(CheckpointError, match="no tensor z"):
@@ -129,7 +129,7 @@ def test_folders_that_cannot_be_a_source(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"convert older .bin weights"):
         HuggingFaceSource(empty)
     with pytest.raises(CheckpointError, match=r"not a .gguf"):
-        open_source(str(empty / "config.json"))
+        find_source(str(empty / "config.json"))
 
 
 def test_hub_ids_are_downloaded_and_failures_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,11 +137,11 @@ def test_hub_ids_are_downloaded_and_failures_explained(tmp_path: Path, monkeypat
 
     folder = sharded(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda hub_id, **_: str(folder))
-    assert open_source("someone/something").label == "someone/something"
+    assert find_source("someone/something").label == "someone/something"
 
     def fail(*_: object, **__: object) -> str:
         raise ConnectionError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(CheckpointError, match=r"someone/something: .*ConnectionError: no network"):
-        open_source("someone/something")
+        find_source("someone/something")

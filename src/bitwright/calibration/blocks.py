@@ -30,7 +30,6 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.calibration.skeleton import (
-    build_skeleton,
     drop_own,
     fill,
     fill_buffers,
@@ -40,6 +39,7 @@ from bitwright.calibration.skeleton import (
     set_tensor,
 )
 from bitwright.calibration.stream import Stream
+from bitwright.checkpoint.skeleton import build_skeleton
 from bitwright.checkpoint.source import Source
 from bitwright.errors import CalibrationError
 from bitwright.models import Adapter, block_count

@@ -1,7 +1,7 @@
-"""The skeleton: a `transformers` model without weights, any module of which is filled from a source on demand.
+"""Filling the skeleton (`checkpoint.skeleton`): any module of it gets its tensors from a source on demand.
 
-It stands on the meta device, so even the largest model costs nothing. What checkpoints do not store (buffers such
-as the RoPE frequencies) is computed by the model's own initialisation, as `from_pretrained` does it.
+What checkpoints do not store (buffers such as the RoPE frequencies) is computed by the model's own initialisation, as
+`from_pretrained` does it.
 """
 
 from __future__ import annotations
@@ -13,36 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.checkpoint.quiet import quiet_transformers
 from bitwright.checkpoint.source import Source
-from bitwright.errors import CheckpointError, PlanError
-from bitwright.models.edges import Config
-
-
-def build_skeleton(config: Config) -> Any:
-    """The causal LM of `config` (the content of `config.json`) on the meta device, in evaluation mode.
-
-    Its attention is what `from_pretrained` would choose: sdpa, or eager where a model does not support that.
-
-    Raises:
-        PlanError: transformers refuses the config.
-    """
-    # importing transformers takes seconds
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    from bitwright.models.discover import BAD_CONFIG
-
-    plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
-    with quiet_transformers(), torch.device("meta"):
-        try:
-            full = CONFIG_MAPPING[config["model_type"]].from_dict(plain)
-            skeleton = AutoModelForCausalLM.from_config(full, dtype=torch.float32)
-        except BAD_CONFIG as error:
-            raise PlanError(
-                f"transformers cannot build a {config.get('model_type')} from config.json: {error}; correct the file"
-            ) from error
-    return skeleton.eval().requires_grad_(False)
+from bitwright.errors import CheckpointError
 
 
 def fill(skeleton: Any, module: nn.Module, name: str, source: Source) -> None:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bitwright.checkpoint.open import model_name, open_source
+from bitwright.checkpoint.agreement import agree
+from bitwright.checkpoint.open import find_source, model_name
 from bitwright.checkpoint.quiet import quiet_transformers
 from bitwright.checkpoint.source import HuggingFaceSource, Source
 from bitwright.errors import CheckpointError
@@ -63,7 +64,8 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
 
         register()
         return LoadedModel(_from_folder(folder, dtype), _tokenizer(folder), model, folder, quantized=True)
-    source = open_source(model)
+    source = find_source(model)
+    agree(source.label, source.config, source.tensors)
     if isinstance(source, HuggingFaceSource):
         folder = source.folder
         return LoadedModel(_from_folder(folder, dtype), _tokenizer(folder), model, folder, quantized=False)

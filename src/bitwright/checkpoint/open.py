@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bitwright.checkpoint.demo import DemoSource
 from bitwright.checkpoint.gguf import GgufSource
+from bitwright.checkpoint.settle import settled
 from bitwright.checkpoint.source import SIDE_FILES, HuggingFaceSource, Source
 from bitwright.errors import CheckpointError
 
@@ -16,6 +17,19 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 def open_source(model: str) -> Source:
     """The source that `model` names: `demo`, a `.gguf` file, a folder, or a hub id (`owner/name`).
+
+    Its config and the headers of its tensors are those of one model (see `checkpoint.settle`).
+
+    Raises:
+        CheckpointError: nothing of that name can be read; the message lists what was tried. Or what was read
+            contradicts itself.
+        PlanError: transformers cannot build the model of its config.
+    """
+    return settled(find_source(model))
+
+
+def find_source(model: str) -> Source:
+    """The same as it lies there, only its headers checked.
 
     Raises:
         CheckpointError: nothing of that name can be read; the message lists what was tried.

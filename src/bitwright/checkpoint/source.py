@@ -41,6 +41,8 @@ class Source(ABC):
     """The content of `config.json`."""
     tensors: Mapping[str, TensorInfo]
     """Every tensor by checkpoint name, from headers only."""
+    left_out: tuple[str, ...] = ()
+    """Tensors of the files that the model has no use for; they are not among `tensors`."""
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
@@ -78,7 +80,8 @@ class HuggingFaceSource(Source):
         self.folder = folder
         self.label = label or str(folder)
         self.config = _read_json(folder / "config.json", "a Hugging Face folder has one")
-        if "quantization_config" in self.config:
+        # null, which tools that dequantize leave, means none
+        if self.config.get("quantization_config") is not None:
             raise CheckpointError(f"{folder}: {_quantized_already(self.config['quantization_config'], folder)}")
         self._place = locate_tensors(folder)
         self.tensors = {name: info for name, (_, info) in self._place.items()}
