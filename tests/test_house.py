@@ -10,7 +10,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "bitwright"
 # A room may import rooms of a lower floor, and itself. From the ground up:
 FLOORS = [
     {"errors", "__about__"},
-    {"numeric", "execute"},
+    {"execute"},
+    {"numeric"},
     {"models", "ranges", "formats"},
     {"rounding", "runtime"},
     {"checkpoint"},

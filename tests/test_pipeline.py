@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from bitwright import pipeline
 from bitwright.checkpoint.journal import Journal
 from bitwright.errors import CheckpointError, PlanError, ResumeError, WeightError
 from bitwright.machine import Estimate, check_machine
+from bitwright.numeric.grid import Grid
+from bitwright.ranges import Ranging
+from bitwright.rounding import nearest
 
 RECIPE = {"method": "easyquant", "scheme": "w4a16g32"}
 
@@ -41,6 +45,29 @@ def test_workers_do_not_change_a_byte(finished: Path, tiny_llama_folder: Path, t
         str(tiny_llama_folder), tmp_path / "out", **RECIPE, options=bitwright.RunOptions(workers=workers)
     )
     assert contents(tmp_path / "out") == contents(finished)
+
+
+@pytest.mark.parametrize(("method", "scheme"), [("rtn", "w4a16"), ("easyquant", "w3a16g32-sym"), ("hqq", "w4a16g32")])
+def test_rows_shared_by_several_threads_come_out_alike(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, scheme: str
+) -> None:
+    seen: set[tuple[bool, int]] = set()
+    fit = Ranging.fit
+
+    def spy(self: Ranging, *arguments: torch.Tensor | None) -> Grid:
+        seen.add((threading.current_thread() is threading.main_thread(), torch.get_num_threads()))
+        return fit(self, *arguments)
+
+    monkeypatch.setattr(Ranging, "fit", spy)
+    monkeypatch.setattr(nearest, "CHUNK_WEIGHTS", 1024)
+    for workers in (1, 3):
+        options = bitwright.RunOptions(workers=workers)
+        bitwright.quantize(str(tiny_llama_folder), tmp_path / str(workers), method, scheme, options=options)
+        # The estimate before the work runs in this thread.
+        assert (False, 1) in seen or workers == 1
+    # No small operation is spread over PyTorch's threads, which spin while they wait for each other.
+    assert {threads for _, threads in seen} == {1}
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
 
 
 def test_the_artefact_is_complete_and_loads(finished: Path, tiny_llama_folder: Path) -> None:

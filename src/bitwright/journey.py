@@ -18,6 +18,7 @@ from bitwright.calibration.hessians import Evidence
 from bitwright.checkpoint.shard import tensor_sha256
 from bitwright.checkpoint.source import Source
 from bitwright.errors import FormatError, WeightError
+from bitwright.execute.local import spread
 from bitwright.formats.native import TensorEntry, pack, unpack
 from bitwright.numeric.fp8 import KvScales
 from bitwright.numeric.measure import sqnr_db, squared_error
@@ -113,7 +114,11 @@ def _check_finite(tensor: Tensor, name: str) -> None:
         return
     # In pieces: torch.isfinite makes three temporaries as large as its input.
     flat, starts = tensor.reshape(-1), range(0, tensor.numel(), CHUNK_WEIGHTS)
-    bad = sum(int((~torch.isfinite(flat[start : start + CHUNK_WEIGHTS])).sum().item()) for start in starts)
+
+    def bad_from(start: int) -> int:
+        return int((~torch.isfinite(flat[start : start + CHUNK_WEIGHTS])).sum())
+
+    bad = sum(spread(bad_from, starts))
     if bad:
         raise WeightError(
             f"{name}: {bad} of {tensor.numel()} values are NaN or Inf, needed finite weights; "
@@ -173,9 +178,10 @@ def _round(weight: Tensor, row: Row, evidence: Evidence | None, clipping: Clippi
 
 def _measure(weight: Tensor, decoded: QTensor) -> float | None:
     """SQNR in dB of what was packed, chunk by chunk; None when it is exact."""
-    error = signal = 0.0
-    for rows in row_chunks(decoded.shape):
-        chunk_error, chunk_signal = squared_error(weight[rows].float(), decoded.rows(rows).dequantize())
-        error, signal = error + chunk_error, signal + chunk_signal
-    value = sqnr_db(error, signal)
+
+    def of_rows(rows: slice) -> tuple[float, float]:
+        return squared_error(weight[rows].float(), decoded.rows(rows).dequantize())
+
+    sums = spread(of_rows, row_chunks(decoded.shape))
+    value = sqnr_db(math.fsum(error for error, _ in sums), math.fsum(signal for _, signal in sums))
     return round(value, 4) if math.isfinite(value) else None

@@ -34,7 +34,7 @@ from bitwright.checkpoint.open import open_source
 from bitwright.checkpoint.shard import read_header, read_shard, tensor_sha256, write_shard, write_text
 from bitwright.checkpoint.source import Source
 from bitwright.errors import FallbackError, FormatError, ResumeError
-from bitwright.execute.local import ahead, default_workers, torch_threads
+from bitwright.execute.local import ahead, default_workers, own_threads, torch_threads
 from bitwright.execute.memory import peak_rss_bytes
 from bitwright.formats.native import FORMAT_VERSION, Sites, quantization_config
 from bitwright.journey import Outcome, Record, process_row, read_row, recorded_kv_scales, stored_entry
@@ -150,7 +150,8 @@ def quantize(
     check_machine(needs, out)
     if options.announce is not None:
         options.announce(plan, needs)
-    with torch_threads(workers), Journal(out, job, options.restart) as journal:
+    threads = own_threads if windows is None else torch_threads
+    with threads(workers), Journal(out, job, options.restart) as journal:
         resumed = len(journal.done)
         phases = _quantize_units(source, plan, journal, windows, _Report(plan, journal, options))
         records = _finish(source, plan, journal, job, windows)

@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bitwright.errors import FormatError, WeightError
+from bitwright.execute.local import spread
 from bitwright.numeric.grid import rounded_up
 from bitwright.numeric.settings import Settings
 
@@ -211,7 +212,7 @@ def outlier_threshold(weight: Tensor, policy: NoOutliers | NSigma, chunks: list[
     """
     if isinstance(policy, NoOutliers) or policy.max_share == 0:
         return None
-    moments = torch.cat([_row_moments(weight[rows].float()) for rows in chunks])
+    moments = torch.cat(spread(lambda rows: _row_moments(weight[rows].float()), chunks))
     if policy.scope == "tensor":
         exact = [math.fsum(column) for column in moments.T.tolist()]
         moments = torch.tensor([exact], dtype=torch.float64)
@@ -233,7 +234,7 @@ def _row_moments(weight: Tensor) -> Tensor:
 def _capped(weight: Tensor, threshold: OutlierThreshold, max_share: float, chunks: list[slice]) -> OutlierThreshold:
     """Raise every limit by one common factor until at most `max_share` of all weights exceed it."""
     allowed = int(max_share * weight.numel())
-    count = sum(int(threshold.select(rows, weight[rows].float()).sum()) for rows in chunks)
+    count = sum(spread(lambda rows: int(threshold.select(rows, weight[rows].float()).sum()), chunks))
     if count <= allowed:
         return threshold
     ratio = torch.cat([threshold.ratios(rows, weight[rows].float()) for rows in chunks])
