@@ -21,6 +21,7 @@ from bitwright.checkpoint.load import load_model
 from bitwright.errors import EvaluationError
 from bitwright.execute.local import default_workers, torch_threads
 from bitwright.execute.memory import peak_rss_bytes
+from bitwright.execute.shown import Shown
 from bitwright.rounding import columns
 from bitwright.runtime import cpu
 from bitwright.runtime.cpu import CpuMode
@@ -33,8 +34,8 @@ _PROBE_FLOATS = 1 << 26
 _PROBE_WIDTH = 1 << 14
 
 
-@dataclass(frozen=True)
-class Bench:
+@dataclass(frozen=True, repr=False)
+class Bench(Shown):
     """What was measured, medians over rounds after one that warms up.
 
     Attributes:
@@ -64,6 +65,16 @@ class Bench:
     read_bandwidth_bytes_per_second: float
     read_bandwidth_share: float | None
     peak_rss_bytes: int
+
+    def facts(self) -> dict[str, str]:
+        """See `Shown.facts`."""
+        return {
+            "model": self.model,
+            "decode": f"{self.decode_tokens_per_second:.1f} tokens/s",
+            "prefill": f"{self.prefill_tokens_per_second:.1f} tokens/s",
+            "path, kernels, mode": f"{self.path}, {self.kernels}, {self.mode}",
+            "threads": str(self.threads),
+        }
 
     def to_json(self) -> dict[str, Any]:
         """The measurement for `bench --json`."""

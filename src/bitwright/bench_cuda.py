@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bitwright.checkpoint.load import load_model
 from bitwright.errors import EvaluationError
+from bitwright.execute.shown import Shown
 from bitwright.runtime import ops
 from bitwright.runtime.join import join_shared_inputs
 from bitwright.runtime.linear import PackedModule, QuantizedLinear, TiedLinear, keep_packed_on_cpu
@@ -27,8 +28,7 @@ from bitwright.runtime.linear import PackedModule, QuantizedLinear, TiedLinear, 
 ComputeType = Literal["bfloat16", "float16"]
 
 _ROUNDS = 5
-# Steps before a capture: kernels are compiled and weights laid out in the first.
-_WARM_UP = 3
+_WARM_UP = 3  # steps before a capture: kernels are compiled and weights laid out in the first
 _COPY_BYTES = 1 << 30
 # Free memory that a float model needs beside its weights: cache, activations, fragments.
 _MARGIN = 1.15
@@ -55,8 +55,8 @@ class Speed:
     graph_reason: str | None
 
 
-@dataclass(frozen=True)
-class CudaBench:
+@dataclass(frozen=True, repr=False)
+class CudaBench(Shown):
     """What was measured.
 
     Attributes:
@@ -77,15 +77,19 @@ class CudaBench:
     unquantized: Speed | None
     unquantized_reason: str | None
 
+    def facts(self) -> dict[str, str]:
+        """See `Shown.facts`."""
+        return dict(self.lines())
+
     def to_json(self) -> dict[str, Any]:
         """The measurement for `bench --json`."""
         return asdict(self)
 
     def lines(self) -> list[tuple[str, str]]:
         """Labels and values, for people."""
-        found = [("device", f"{self.device}, {self.dtype}")]
-        found += [("copy bandwidth", f"{self.copy_bandwidth_bytes_per_second / 1e12:.2f} TB/s")]
-        found += [("products", f"{count}: {path}") for path, count in self.kernels.items()]
+        bandwidth = f"{self.copy_bandwidth_bytes_per_second / 1e12:.2f} TB/s"
+        products = [("products", f"{count}: {path}") for path, count in self.kernels.items()]
+        found = [("device", f"{self.device}, {self.dtype}"), ("copy bandwidth", bandwidth), *products]
         found += self._lines_of(self.measured, "")
         if self.unquantized is None:
             return [*found, ("unquantized", f"not measured: {self.unquantized_reason}")]

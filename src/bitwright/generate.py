@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitwright.checkpoint.load import load_model
 from bitwright.errors import EvaluationError
+from bitwright.execute.shown import Shown
 from bitwright.runtime.decode import LeanDecoder, supports
 
 # Settings of transformers that change greedy choices, and the values (besides None) that do not.
@@ -40,8 +41,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Generation:
+@dataclass(frozen=True, repr=False)
+class Generation(Shown):
     """A continuation and how fast it came.
 
     `fallback`: why transformers' own loop made it and not the lean decode path; None where that did.
@@ -52,6 +53,10 @@ class Generation:
     tokens: int
     seconds: float
     fallback: str | None = None
+
+    def facts(self) -> dict[str, str]:
+        """See `Shown.facts`."""
+        return {"prompt": self.prompt, "text": self.text, "tokens": f"{self.tokens} in {self.seconds:.1f} s"}
 
 
 def generate(model: str, prompt: str, *, tokens: int = 32, chat: bool = False) -> Generation:

@@ -11,11 +11,12 @@ from bitwright.checkpoint.manifest import read_manifest, verify_manifest
 from bitwright.checkpoint.open import model_name
 from bitwright.checkpoint.shard import read_header
 from bitwright.errors import FormatError
+from bitwright.execute.shown import Shown
 from bitwright.formats.native import TensorEntry, packed_bytes, parts, read_quantization_config
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Shown):
     """A quantized folder as its own files describe it."""
 
     folder: Path
@@ -27,6 +28,18 @@ class Inspection:
     """Bits per quantized weight, from the shards' headers."""
     complaints: list[str]
     """What `verify` found wrong; empty when intact or not asked."""
+
+    def facts(self) -> dict[str, str]:
+        """See `Shown.facts`."""
+        if self.complaints:
+            return {"folder": str(self.folder), "damaged": f"{self.complaints[0]} ({len(self.complaints)} such)"}
+        return {
+            "folder": str(self.folder),
+            "made from": str(self.manifest["source_label"]),
+            "tensors": f"{len(self.entries)} quantized",
+            "bits per weight": f"{self.bits_per_weight:.3f}",
+            "bytes": f"{self.bytes:,}",
+        }
 
     def to_json(self) -> dict[str, Any]:
         """The inspection for `inspect --json`."""

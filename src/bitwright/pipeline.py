@@ -36,6 +36,7 @@ from bitwright.checkpoint.source import Source
 from bitwright.errors import FallbackError, FormatError, ResumeError
 from bitwright.execute.local import ahead, default_workers, own_threads, torch_threads
 from bitwright.execute.memory import peak_rss_bytes
+from bitwright.execute.shown import Shown
 from bitwright.formats.native import FORMAT_VERSION, Sites, quantization_config
 from bitwright.journey import Outcome, Record, process_row, read_row, recorded_kv_scales, stored_entry
 from bitwright.machine import Estimate, check_machine, estimate
@@ -50,8 +51,8 @@ FinishedUnit = tuple[str, dict[str, Tensor], list[dict[str, Any]]]
 """Name of the shard, its tensors, and their records."""
 
 
-@dataclass(frozen=True)
-class Summary:
+@dataclass(frozen=True, repr=False)
+class Summary(Shown):
     """What `quantize` made."""
 
     out: Path
@@ -73,6 +74,17 @@ class Summary:
     def bits_per_weight(self) -> float:
         """Bits per quantized weight, from bytes written: codes, scales, zeros, outliers and their indices."""
         return bits_per_weight(self.records)
+
+    def facts(self) -> dict[str, str]:
+        """See `Shown.facts`."""
+        quantized = sum(record["action"] == "quantize" for record in self.records)
+        return {
+            "out": str(self.out),
+            "tensors": f"{quantized} of {len(self.records)} quantized",
+            "bits per weight": f"{self.bits_per_weight:.3f}",
+            "bytes": f"{self.bytes:,}",
+            "seconds": f"{self.seconds:.1f}",
+        }
 
     def to_json(self) -> dict[str, Any]:
         """The summary for `quantize --json`; keys are stable."""

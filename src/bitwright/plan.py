@@ -14,32 +14,28 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bitwright.budget import within_budget
 from bitwright.checkpoint.open import open_source
 from bitwright.checkpoint.shard import TensorInfo
 from bitwright.checkpoint.source import Source
 from bitwright.errors import FormatError, PlanError
+from bitwright.execute.shown import Shown
 from bitwright.formats.gguf import gguf_grid
 from bitwright.formats.native import TensorEntry, packed_bytes
 from bitwright.method import Inputs, Method, activation_spec, kv_refusal, kv_spec, weight_spec
 from bitwright.models import adapter_for
 from bitwright.models.adapter import Adapter, block_count
 from bitwright.numeric.activation import ActivationSpec, KvSpec
-from bitwright.numeric.outliers import NoOutliers, NSigma
 from bitwright.numeric.spec import WeightSpec
 from bitwright.recipe import Recipe, Rule, as_recipe
 from bitwright.rounding.sensitivity import Obs
-from bitwright.rows import Refusals, Row, Unit, some_of
+from bitwright.rows import FLOATS, Refusals, Row, Unit, expected_outlier_share, kept_dtype, some_of
 from bitwright.scheme import Scheme
 from bitwright.transforms.rotate import Rotate, online_hadamards, rotated
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """What `quantize` will do."""
 
     source: str
@@ -90,6 +86,16 @@ class Plan:
         """Expected bits per quantized weight, scales, zeros and outliers included."""
         packed = sum(row.bytes for row in self.rows() if row.action == "quantize")
         return 8 * packed / self.quantized_weights if self.quantized_weights else math.nan
+
+    def facts(self) -> dict[str, str]:
+        """See `Shown.facts`."""
+        quantized = sum(row.action == "quantize" for row in self.rows())
+        return {
+            "source": self.source,
+            "tensors": f"{quantized} of {sum(len(unit.rows) for unit in self.units)} to quantize",
+            "bits per weight": f"{self.bits_per_weight:.3f} expected",
+            "bytes": f"{self.source_bytes:,} become about {self.bytes:,}",
+        }
 
     def to_json(self) -> dict[str, Any]:
         """The plan for `plan --json`."""
@@ -232,7 +238,7 @@ class _Planner:
             return Row(name, info.shape, info.dtype, "tied", f"tied to {self.adapter.embedding}", 0)
         if leaf == "weight" and module in self.candidates:
             return self._claimed_row(module, name, info)
-        if len(info.shape) >= 2 and self._inside_block(name) and info.dtype in _FLOATS:
+        if len(info.shape) >= 2 and self._inside_block(name) and info.dtype in FLOATS:
             self.refusals.add(
                 f"{list(info.shape)} is a matrix that the {self.adapter.model_type} adapter does not know", name
             )
@@ -314,7 +320,7 @@ class _Planner:
             self.refusals.add(
                 f"groups of {spec.group_size} are wider than the {info.shape[1]} inputs; use --scheme {fitting}", name
             )
-        if info.dtype not in _FLOATS:
+        if info.dtype not in FLOATS:
             self.refusals.add(f"{info.dtype}, needed float16, bfloat16, float32 or float64", name)
 
     def _check_calibrated(self, name: str, method: Method) -> None:
@@ -371,28 +377,3 @@ class _Planner:
     def _schemes(self) -> list[Scheme]:
         """Those that the recipe names, whichever rule they are of."""
         return [scheme for scheme in (self.recipe.scheme, *(rule.scheme for rule in self.recipe.rules)) if scheme]
-
-
-def kept_dtype(info: TensorInfo, setting: str) -> torch.dtype:
-    """The type in which a kept tensor is stored; see `Recipe.kept_dtype`."""
-    if info.dtype not in _FLOATS or setting == "source":
-        return info.dtype
-    if setting == "auto":
-        if info.dtype.itemsize <= 2:
-            return info.dtype
-        return torch.float16 if len(info.shape) >= 2 else torch.float32
-    return torch.float16 if setting == "float16" else torch.bfloat16
-
-
-def expected_outlier_share(policy: NoOutliers | NSigma | Obs) -> float:
-    """Share of weights that a policy is expected to keep apart.
-
-    Of `nsigma` twice a Gaussian's tail, at most the cap: the tails of trained weights are heavier; EasyQuant
-    reports 0.3-0.8 % at 3 sigma, a Gaussian has 0.27 %. Of `obs` its own share; a threshold keeps what SpQR
-    reports, 0.2-0.5 %.
-    """
-    if isinstance(policy, NoOutliers):
-        return 0.0
-    if isinstance(policy, Obs):
-        return policy.share if policy.keeps_a_share else 0.003
-    return min(policy.max_share, 2 * math.erfc(policy.n / math.sqrt(2)))

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from bitwright.execute.shown import Shown
 from bitwright.numeric.settings import Settings
 
 VERSION: Literal[1] = 1
@@ -365,7 +366,7 @@ class Advice(Settings):
     withheld: bool = False
 
 
-class Report(Settings):
+class Report(Shown, Settings):
     """Everything that `analyze` found."""
 
     kind: Literal["bitwright-analysis"] = "bitwright-analysis"
@@ -382,3 +383,8 @@ class Report(Settings):
     recipe_toml: str = ""
     notes: tuple[str, ...] = ()
     """What was left out or done otherwise than asked, and why."""
+
+    def facts(self) -> dict[str, str]:
+        """See `Shown.facts`; the report itself is a file."""
+        advice = {one.rule: one.verdict for one in self.advice}
+        return {"model": self.model.label, "sets": ", ".join(row.name for row in self.sets), **advice}

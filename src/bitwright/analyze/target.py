@@ -32,6 +32,7 @@ from bitwright.checkpoint.open import open_source
 from bitwright.checkpoint.shard import write_text
 from bitwright.errors import PlanError, ResumeError
 from bitwright.evaluate import Windows, compare, paired_interval
+from bitwright.execute.shown import Shown
 from bitwright.pipeline import RunOptions, quantize
 from bitwright.plan import Plan, make_plan, rotated_as_asked
 from bitwright.recipe import Recipe
@@ -106,8 +107,8 @@ class Round:
         return by_kind[target.kind]
 
 
-@dataclass(frozen=True)
-class TargetResult:
+@dataclass(frozen=True, repr=False)
+class TargetResult(Shown):
     """What became of a target.
 
     Attributes:
@@ -127,6 +128,10 @@ class TargetResult:
     rounds: tuple[Round, ...]
     sensitivity: Sensitivity
     notes: tuple[str, ...] = ()
+
+    def facts(self) -> dict[str, str]:
+        """See `Shown.facts`."""
+        return {"out": str(self.out), "verdict": self.verdict}
 
     @property
     def verdict(self) -> str:

@@ -24,6 +24,7 @@ from bitwright.evaluate.perplexity import (
 )
 from bitwright.evaluate.statistics import paired_interval
 from bitwright.execute.memory import peak_rss_bytes
+from bitwright.execute.shown import Shown
 
 __all__ = [
     "Divergence",
@@ -57,8 +58,8 @@ class EvalOptions:
 _DEFAULTS = EvalOptions()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Evaluation(Shown):
     """The numbers of one evaluation; what was not measured is None.
 
     KL is in nats per token and `delta_ln_ppl` = ln(perplexity / float_perplexity), with its paired 95 %
@@ -90,6 +91,18 @@ class Evaluation:
     protocol: str
     seconds: float
     peak_rss_bytes: int | None = None
+
+    def facts(self) -> dict[str, str]:
+        """See `Shown.facts`; everything is in `to_json`."""
+        numbers = {
+            "perplexity": self.perplexity,
+            "float perplexity": self.float_perplexity,
+            "mean KL, nats": self.kl_mean_nats,
+            "top-1 agreement": self.top1_agreement,
+            "bits per weight": self.bits_per_weight,
+        }
+        found = {name: f"{value:.5g}" for name, value in numbers.items() if value is not None}
+        return found | {"windows": f"{self.windows} of {self.length} tokens", "protocol": self.protocol}
 
     def to_json(self) -> dict[str, Any]:
         """Every field under its name, in the order of the class; None becomes null."""

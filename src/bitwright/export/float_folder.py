@@ -15,13 +15,44 @@ from bitwright.export.folder import (
     ExportRow,
     NativeFolder,
     Say,
-    float_row,
     silent,
     write_export,
 )
+from bitwright.formats.native import packed_bytes
+from bitwright.numeric.measure import sqnr_db, squared_error
 from bitwright.numeric.spec import SCALE_DTYPES
 
 FloatType = Literal["bfloat16", "float16", "float32"]
+
+
+def float_dtype(native: NativeFolder) -> torch.dtype:
+    """The 16-bit type for decoded weights: that of the model, and float16 for those of wider ones."""
+    named = native.config.get("dtype", native.config.get("torch_dtype"))
+    return torch.bfloat16 if named == "bfloat16" else torch.float16
+
+
+def as_float(tensor: str, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, float | None]:
+    """`weight` [out, in] rounded to `dtype`, and its SQNR in dB (None when exact).
+
+    Raises:
+        FormatError: a weight is beyond the largest finite value of `dtype`.
+    """
+    stored = weight.to(dtype)
+    if not bool(torch.isfinite(stored).all()):
+        raise FormatError(
+            f"{tensor}: a weight of {float(weight.abs().max()):.3g} does not fit {dtype}; "
+            "set dtype in the folder's config.json to bfloat16, or export --to hf"
+        )
+    error, signal = squared_error(weight, stored.float())
+    return stored, None if error == 0 else sqnr_db(error, signal)
+
+
+def float_row(native: NativeFolder, module: str, dtype: torch.dtype, note: str) -> tuple[Tensor, ExportRow]:
+    """The decoded weight of a quantized module, rounded to `dtype`, and its row."""
+    name = f"{module}.weight"
+    stored, quality = as_float(name, native.weight(module), dtype)
+    nbytes = stored.numel() * stored.dtype.itemsize
+    return stored, ExportRow(name, "float", packed_bytes(native.entries[module]), nbytes, note, quality)
 
 
 def export_float(

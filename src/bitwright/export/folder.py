@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from bitwright.checkpoint.manifest import read_manifest
@@ -24,11 +23,11 @@ from bitwright.checkpoint.open import model_name
 from bitwright.checkpoint.shard import TensorInfo, fsync_folder, read_header, read_tensor, write_shard, write_text
 from bitwright.checkpoint.source import SIDE_FILES
 from bitwright.errors import CheckpointError, FormatError, PlanError, ResumeError
+from bitwright.execute.shown import Shown
 from bitwright.formats.native import (
     Sites,
     TensorEntry,
     check_part,
-    packed_bytes,
     parts,
     read_quantization_config,
     read_sites,
@@ -41,7 +40,6 @@ from bitwright.models import adapter_for
 from bitwright.numeric.fp8 import KvScales
 from bitwright.numeric.grid import Grid
 from bitwright.numeric.hadamard import hadamard_blocks
-from bitwright.numeric.measure import sqnr_db, squared_error
 from bitwright.numeric.qtensor import QTensor
 
 Say = Callable[[str], None]
@@ -79,8 +77,8 @@ class ExportRow:
         return f"{self.tensor}: {self.note}; in floats, {self.bytes - self.source_bytes:+,} bytes{error}"
 
 
-@dataclass(frozen=True)
-class ExportResult:
+@dataclass(frozen=True, repr=False)
+class ExportResult(Shown):
     """What an export made: the folder `out`, one row per tensor, and what to know before it is used."""
 
     out: Path
@@ -97,6 +95,15 @@ class ExportResult:
     def lossy(self) -> tuple[ExportRow, ...]:
         """The rows that could not be exact."""
         return tuple(row for row in self.rows if row.note)
+
+    def facts(self) -> dict[str, str]:
+        """See `Shown.facts`."""
+        return {
+            "out": str(self.out),
+            "format": self.target,
+            "tensors": f"{len(self.rows)}, {len(self.lossy)} not exact",
+            "bytes": f"{self.bytes:,}",
+        }
 
     def to_json(self) -> dict[str, Any]:
         """The result for `export --json`; keys are stable."""
@@ -229,36 +236,6 @@ def check_kv_scales(tensors: Iterable[str], scales: Mapping[str, KvScales]) -> N
     if scales and (odd := sorted(attentions ^ scales.keys())):
         found = "has no scales of keys and values" if odd[0] in attentions else "is no attention, and has scales"
         raise FormatError(f"{odd[0]}: {found}; the KV cache needs those of every attention, {len(attentions)} in all")
-
-
-def float_dtype(native: NativeFolder) -> torch.dtype:
-    """The 16-bit type for decoded weights: that of the model, and float16 for those of wider ones."""
-    named = native.config.get("dtype", native.config.get("torch_dtype"))
-    return torch.bfloat16 if named == "bfloat16" else torch.float16
-
-
-def as_float(tensor: str, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, float | None]:
-    """`weight` [out, in] rounded to `dtype`, and its SQNR in dB (None when exact).
-
-    Raises:
-        FormatError: a weight is beyond the largest finite value of `dtype`.
-    """
-    stored = weight.to(dtype)
-    if not bool(torch.isfinite(stored).all()):
-        raise FormatError(
-            f"{tensor}: a weight of {float(weight.abs().max()):.3g} does not fit {dtype}; "
-            "set dtype in the folder's config.json to bfloat16, or export --to hf"
-        )
-    error, signal = squared_error(weight, stored.float())
-    return stored, None if error == 0 else sqnr_db(error, signal)
-
-
-def float_row(native: NativeFolder, module: str, dtype: torch.dtype, note: str) -> tuple[Tensor, ExportRow]:
-    """The decoded weight of a quantized module, rounded to `dtype`, and its row."""
-    name = f"{module}.weight"
-    stored, quality = as_float(name, native.weight(module), dtype)
-    nbytes = stored.numel() * stored.dtype.itemsize
-    return stored, ExportRow(name, "float", packed_bytes(native.entries[module]), nbytes, note, quality)
 
 
 def refuse(target: str, problems: Mapping[str, str], allow_lossy: bool) -> None:

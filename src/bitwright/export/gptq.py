@@ -13,14 +13,13 @@ from torch import Tensor
 
 from bitwright import __about__
 from bitwright.errors import FormatError
+from bitwright.export.float_folder import float_dtype, float_row
 from bitwright.export.folder import (
     Conversion,
     ExportResult,
     ExportRow,
     NativeFolder,
     Say,
-    float_dtype,
-    float_row,
     refuse,
     silent,
     write_export,
