@@ -36,8 +36,9 @@ from transformers import StaticCache
 import bitwright
 from bitwright.checkpoint.demo import demo_file
 from bitwright.checkpoint.load import load_model
-from bitwright.runtime.cpu import CpuMode, instruction_sets
+from bitwright.runtime.cpu import instruction_sets
 from bitwright.runtime.decode import LeanDecoder
+from bitwright.words import CpuMode
 
 WORK = Path(__file__).parents[1] / "build" / "cpu-decode"
 SCHEME, HEAD_SCHEME = "w4a16g64", "w8a16g64"

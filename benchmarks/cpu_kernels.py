@@ -44,8 +44,9 @@ from bitwright.numeric.grid import Grid
 from bitwright.numeric.outliers import Outliers
 from bitwright.numeric.qtensor import QTensor
 from bitwright.numeric.spec import Bilevel, WeightSpec
-from bitwright.runtime.cpu import CpuMode, CpuWeight, instruction_sets
+from bitwright.runtime.cpu import CpuWeight, instruction_sets
 from bitwright.runtime.reference import PackedWeight
+from bitwright.words import CpuMode
 
 Weights = dict[str, tuple[WeightSpec, float]]
 Maker = Callable[[Case, str | None], Contender]

@@ -9,7 +9,7 @@ import pytest
 
 import bitwright.cli as cli
 from bitwright.analyze.choices import parse_choice
-from bitwright.analyze.run import Budget
+from bitwright.analyze.run import BUDGETS, Budget
 
 EVALUATION_KEYS = {
     "perplexity", "float_perplexity", "kl_mean_nats", "kl_p99_nats", "top1_agreement", "delta_ln_ppl",
@@ -109,7 +109,7 @@ def test_analyze_writes_a_report_and_a_recipe(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     model, out, report = str(tiny_llama_folder), tmp_path / "report", tmp_path / "again.json"
-    monkeypatch.setitem(cli.BUDGETS, "quick", Budget("quick", 2, 16, (0,), ("random",)))
+    monkeypatch.setitem(BUDGETS, "quick", Budget("quick", 2, 16, (0,), ("random",)))
     arguments = ("analyze", model, "-o", str(out), "--json", str(report))
     assert run(monkeypatch, *arguments) == 0
     assert "report.html" in capsys.readouterr().out
@@ -117,7 +117,7 @@ def test_analyze_writes_a_report_and_a_recipe(
     planned = ("plan", model, "--recipe", str(out / "recipe.toml"), "--set", "scheme=w4a16g32")
     assert run(monkeypatch, *planned) == 0
     wider = ("--seeds", "2", "--matrix", "rtn:w3a16g32", "--evaluation-set", f"mine={text_file}")
-    monkeypatch.setitem(cli.BUDGETS, "quick", Budget("quick", 2, 32, (0,), ("random",), evaluation_windows=2))
+    monkeypatch.setitem(BUDGETS, "quick", Budget("quick", 2, 32, (0,), ("random",), evaluation_windows=2))
     assert run(monkeypatch, *arguments, *wider) == 0
     matrix = json.loads(report.read_text())["matrix"]
     assert [(row["recipe"], row["evaluation"], row["seed"]) for row in matrix["rows"]] == [("rtn w3a16g32", "mine", 0)]
@@ -139,7 +139,7 @@ def test_a_target_chooses_bits_and_is_kept_or_not(
     small = ("--set", "calibration.windows=4", "--set", "calibration.window_tokens=32")
     common = (str(tiny_llama_folder), "--calibration", str(text_file), *small)
     some = tuple(parse_choice(f"rtn:w{bits}a16g32") for bits in (2, 3, 4, 6))  # the model is too small for the default
-    monkeypatch.setattr(cli, "default_choices", lambda: some)
+    monkeypatch.setattr("bitwright.analyze.choices.default_choices", lambda: some)
     report = tmp_path / "report.json"
     out = tmp_path / "out"
     place = tmp_path / "report"

@@ -9,10 +9,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "bitwright"
 
 # A room may import rooms of a lower floor, and itself. From the ground up:
 FLOORS = [
-    {"errors", "__about__"},
+    {"errors", "words", "__about__"},
     {"execute"},
     {"numeric"},
-    {"models", "ranges", "formats"},
+    {"models", "ranges", "formats", "recipes"},
     {"rounding", "runtime"},
     {"checkpoint"},
     {"calibration", "transforms"},

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from bitwright.errors import RecipeError
-from bitwright.method import load_method, method_names, weight_spec
+from bitwright.method import load_method, weight_spec
 from bitwright.recipe import Recipe, load_recipe
+from bitwright.recipes.presets import method_names
 from bitwright.scheme import Scheme
 
 

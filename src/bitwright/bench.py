@@ -24,9 +24,9 @@ from bitwright.execute.memory import peak_rss_bytes
 from bitwright.execute.shown import Shown
 from bitwright.rounding import columns
 from bitwright.runtime import cpu
-from bitwright.runtime.cpu import CpuMode
 from bitwright.runtime.decode import LeanDecoder, supports
 from bitwright.runtime.linear import PackedModule, QuantizedLinear, TiedLinear, set_cpu_mode
+from bitwright.words import CpuMode
 
 _ROUNDS = 5
 # Of the pass over memory: beyond any processor's caches.

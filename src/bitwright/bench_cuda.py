@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,7 @@ from bitwright.execute.shown import Shown
 from bitwright.runtime import ops
 from bitwright.runtime.join import join_shared_inputs
 from bitwright.runtime.linear import PackedModule, QuantizedLinear, TiedLinear, keep_packed_on_cpu
-
-ComputeType = Literal["bfloat16", "float16"]
+from bitwright.words import ComputeType
 
 _ROUNDS = 5
 _WARM_UP = 3  # steps before a capture: kernels are compiled and weights laid out in the first

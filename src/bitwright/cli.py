@@ -8,42 +8,35 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
 
 import typer
-from rich.progress import Progress
 
 import bitwright
 from bitwright import console as show
-from bitwright.analyze.choices import choices_of, default_choices
-from bitwright.analyze.needs import analysis_needs
-from bitwright.analyze.promise import Target as Goal
-from bitwright.analyze.run import BUDGETS, named_budget, report_on_target
-from bitwright.analyze.run import analyze as analyze_model
-from bitwright.analyze.sections import allocation_section
-from bitwright.analyze.target import TargetOptions, TargetResult, quantize_to_target
-from bitwright.analyze.thresholds import breaches, parse_limit
-from bitwright.bench import bench as measure_speed
-from bitwright.bench_cuda import ComputeType, bench_cuda
 from bitwright.calibration.text import Layout
-from bitwright.errors import BitwrightError
-from bitwright.evaluate import EvalOptions
-from bitwright.evaluate.perplexity import Protocol
-from bitwright.export.targets import Engine, Target, export_model, import_model, obstacles, refuse_early
-from bitwright.machine import estimate
-from bitwright.method import load_method, method_names
-from bitwright.runtime.cpu import CpuMode
+from bitwright.errors import BitwrightError, EvaluationError, RecipeError
+from bitwright.recipes.presets import method_names, read_preset
+from bitwright.words import BudgetName, ComputeType, CpuMode, Engine, Protocol, Target
+
+if TYPE_CHECKING:
+    from bitwright.analyze.promise import Target as Goal
+    from bitwright.analyze.target import TargetResult
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Quantize large language models after training, and prove how good the result is.",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        show.console.print(f"bitwright {bitwright.__version__}", highlight=False)
+        raise typer.Exit()
+
 
 ModelArgument = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, a .gguf file, or 'demo'.")]
 MethodOption = Annotated[str | None, typer.Option("--method", "-m", help="A preset; see 'bitwright methods'.")]
@@ -60,11 +53,20 @@ WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Thr
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 
 
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Quantize large language models after training, and prove how good the result is."""
+
+
 @app.command()
 def methods() -> None:
     """List the methods that ship with bitwright."""
     for name in method_names():
-        show.console.print(f"[bold]{name}[/]  {load_method(name).summary}", highlight=False)
+        show.console.print(f"[bold]{name}[/]  {read_preset(name)['summary']}", highlight=False)
 
 
 @app.command()
@@ -82,6 +84,9 @@ def plan(
     json_file: JsonOption = None,
 ) -> None:
     """Show what quantizing would do, without reading any weight."""
+    from bitwright.export.targets import obstacles
+    from bitwright.machine import estimate
+
     settings = _overrides(overrides, calibration, bits_per_weight)
     made = bitwright.plan(model, recipe=bitwright.load_recipe(method, scheme, recipe, settings))
     needs = estimate(made, workers)
@@ -126,15 +131,17 @@ def quantize(
     settings = _overrides(overrides, calibration, bits_per_weight)
     goal = _goal(target_loss, target_bits, target_size)
     if goal is not None and (scheme, recipe, to) != (None, None, None):
-        raise bitwright.RecipeError("a target chooses schemes itself; leave --scheme, --recipe and --format out")
+        raise RecipeError("a target chooses schemes itself; leave --scheme, --recipe and --format out")
     if goal is None and report is not None:
-        raise bitwright.RecipeError("--report tells how a target was kept; give one, or run analyze")
+        raise RecipeError("--report tells how a target was kept; give one, or run analyze")
     # Of a target's recipe only what is not chosen counts: calibration, seed, stored types.
     named = (method, scheme) if goal is None else ("gptq", "w4a16g64")
     wanted = bitwright.load_recipe(*named, recipe, settings)
     if to is not None:
+        from bitwright.export.targets import export_model, refuse_early
+
         refuse_early(bitwright.plan(model, recipe=wanted), to)
-    with show.progress_bar("quantizing") as bar, _interruptible(bar):
+    with show.progress_bar("quantizing") as bar, show.interruptible(bar):
         options = bitwright.RunOptions(
             workers=workers,
             restart=restart,
@@ -143,6 +150,9 @@ def quantize(
             progress=lambda what, done, total: bar.update(bar.task_ids[0], completed=done, total=total, what=what),
         )
         if goal is not None:
+            from bitwright.analyze.choices import choices_of, default_choices
+            from bitwright.analyze.target import TargetOptions, quantize_to_target
+
             mixed = default_choices() if method is None else choices_of([method])
             reached = quantize_to_target(model, out, goal, TargetOptions(choices=mixed, base=wanted), options)
         else:
@@ -171,7 +181,7 @@ def evaluate(
     json_file: JsonOption = None,
 ) -> None:
     """Measure perplexity and, with --against, the distance to the float model."""
-    options = EvalOptions(windows=windows, length=length, protocol=protocol, allow_overlap=allow_overlap)
+    options = bitwright.EvalOptions(windows=windows, length=length, protocol=protocol, allow_overlap=allow_overlap)
     with show.progress_bar("evaluating") as bar:
         evaluation = bitwright.eval(
             model,
@@ -189,7 +199,7 @@ def evaluate(
 def analyze(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the report; an earlier one is replaced.")],
-    budget: Annotated[str, typer.Option(help=f"How much is looked at: {', '.join(BUDGETS)}.")] = "quick",
+    budget: Annotated[str, typer.Option(help=f"How much is looked at: {', '.join(get_args(BudgetName))}.")] = "quick",
     sets: Annotated[
         list[str] | None,
         typer.Option("--calibration-set", help="Such as text, task, code, nonsense, random, self, a file. Repeatable."),
@@ -209,6 +219,11 @@ def analyze(
     json_file: JsonOption = None,
 ) -> None:
     """Measure outliers and what calibration sets change, and write a report and a recipe."""
+    from bitwright.analyze.needs import analysis_needs
+    from bitwright.analyze.run import analyze as analyze_model
+    from bitwright.analyze.run import named_budget
+    from bitwright.analyze.thresholds import breaches, parse_limit
+
     limits = [parse_limit(text) for text in fail_above or ()]
     wanted = None if recipe is None else bitwright.load_recipe(file=recipe)
     chosen = named_budget(budget)
@@ -264,6 +279,8 @@ def export(
     json_file: JsonOption = None,
 ) -> None:
     """Write a quantized folder in another engine's format; codes, scales and zeros move as they are."""
+    from bitwright.export.targets import export_model
+
     with show.error_console.status("exporting"):
         result = export_model(folder, out, to, allow_lossy=allow_lossy)
     show.show_export(result)
@@ -277,6 +294,8 @@ def import_(
     json_file: JsonOption = None,
 ) -> None:
     """Read what another tool quantized, code for code; the result runs, evaluates and exports like our own."""
+    from bitwright.export.targets import import_model
+
     with show.error_console.status("importing"):
         result = import_model(path, out)
     show.show_export(result)
@@ -312,7 +331,9 @@ def bench(
     """Measure the speed of decoding and of prefill on this machine."""
     if device == "cuda":
         if threads is not None or mode != "exact":
-            raise bitwright.EvaluationError("--threads and --mode are of the CPU; leave them out with --device cuda")
+            raise EvaluationError("--threads and --mode are of the CPU; leave them out with --device cuda")
+        from bitwright.bench_cuda import bench_cuda
+
         wanted: ComputeType = "bfloat16" if dtype is None else dtype
         measured = bench_cuda(model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, dtype=wanted)
         for label, text in measured.lines():
@@ -320,7 +341,9 @@ def bench(
         _write_json(json_file, measured.to_json())
         return
     if dtype is not None:
-        raise bitwright.EvaluationError("--dtype is of the GPU, the CPU computes in float32; leave it out")
+        raise EvaluationError("--dtype is of the GPU, the CPU computes in float32; leave it out")
+    from bitwright.bench import bench as measure_speed
+
     result = measure_speed(model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads, mode=mode)
     show.show_bench(result)
     _write_json(json_file, result.to_json())
@@ -328,6 +351,9 @@ def bench(
 
 def _end_target(model: str, reached: TargetResult, report: Path | None, json_file: Path | None) -> NoReturn:
     """Show and write what became of a target; exit."""
+    from bitwright.analyze.run import report_on_target
+    from bitwright.analyze.sections import allocation_section
+
     show.show_reached(reached)
     _write_json(json_file, allocation_section(reached).model_dump(mode="json"))
     if report is not None:
@@ -338,18 +364,11 @@ def _end_target(model: str, reached: TargetResult, report: Path | None, json_fil
 
 def _goal(loss: str | None, bits: float | None, size: str | None) -> Goal | None:
     """The target that the options name; None without one."""
-    return None if (loss, bits, size) == (None, None, None) else Goal.of(loss=loss, bits=bits, size=size)
+    if (loss, bits, size) == (None, None, None):
+        return None
+    from bitwright.analyze.promise import Target
 
-
-@contextmanager
-def _interruptible(bar: Progress) -> Iterator[None]:
-    """Ctrl-C within ends with a word on how to go on, and status 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        bar.stop()
-        show.error_console.print("interrupted; run the same command again to continue")
-        raise typer.Exit(130) from None
+    return Target.of(loss=loss, bits=bits, size=size)
 
 
 def _overrides(given: list[str] | None, calibration: str | None, bits_per_weight: float | None) -> list[str]:

@@ -6,27 +6,27 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bitwright.analyze.model import Report
-from bitwright.analyze.needs import AnalysisNeeds
-from bitwright.analyze.target import TargetResult
-from bitwright.analyze.thresholds import Breach
-from bitwright.bench import Bench
-from bitwright.evaluate import Evaluation
-from bitwright.export.engines import Obstacle
-from bitwright.export.folder import ExportResult
-from bitwright.inspect import Inspection
-from bitwright.machine import Estimate
-from bitwright.pipeline import Summary
-from bitwright.plan import Plan
-from bitwright.rounding import columns
-from bitwright.rows import Row
+if TYPE_CHECKING:
+    from bitwright.analyze.model import Report
+    from bitwright.analyze.needs import AnalysisNeeds
+    from bitwright.analyze.target import TargetResult
+    from bitwright.analyze.thresholds import Breach
+    from bitwright.bench import Bench
+    from bitwright.evaluate import Evaluation
+    from bitwright.export.engines import Obstacle
+    from bitwright.export.folder import ExportResult
+    from bitwright.inspect import Inspection
+    from bitwright.machine import Estimate
+    from bitwright.pipeline import Summary
+    from bitwright.plan import Plan
+    from bitwright.rows import Row
 
 # Without a terminal there is no width to ask for; tables in logs should not be folded.
 console = Console(width=None if sys.stdout.isatty() else 140)
@@ -67,6 +67,17 @@ def progress_bar(description: str) -> Iterator[Progress]:
         yield progress
 
 
+@contextmanager
+def interruptible(bar: Progress) -> Iterator[None]:
+    """Ctrl-C within ends with a word on how to go on, and status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        bar.stop()
+        error_console.print("interrupted; run the same command again to continue")
+        raise SystemExit(130) from None
+
+
 def show_plan(plan: Plan, needs: Estimate, every_row: bool) -> None:
     """One line per kind of tensor (or per tensor), totals, and what the job will need."""
     table = Table(title=f"{plan.source}: {plan.bits_per_weight:.3f} bits per quantized weight (expected)")
@@ -95,7 +106,11 @@ def show_expectation(plan: Plan, needs: Estimate, on: Console) -> None:
         f"{duration(needs.seconds)}, peak memory {size(needs.peak_rss_bytes)}, disk {size(needs.disk_bytes)}.",
         highlight=False,
     )
-    if plan.inputs is not None and columns.backend() == "reference":
+    if plan.inputs is None:
+        return
+    from bitwright.rounding import columns
+
+    if columns.backend() == "reference":
         on.print(f"[yellow]Error feedback runs in the slow PyTorch reference: {columns.backend_reason()}.[/]")
 
 

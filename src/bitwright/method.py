@@ -6,9 +6,7 @@ settings for some bit widths, its file has them as `[[cases]]`.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Collection, Mapping
-from importlib import resources
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -17,9 +15,10 @@ from bitwright.errors import RecipeError
 from bitwright.learning.reconstruct import Learn
 from bitwright.numeric.activation import ActivationSettings, ActivationSpec, KvSettings, KvSpec
 from bitwright.numeric.outliers import NoOutliers, NSigma
-from bitwright.numeric.settings import Settings, known_name, nearest_name
+from bitwright.numeric.settings import Settings
 from bitwright.numeric.spec import Bilevel, WeightSpec
 from bitwright.ranges import Clip, RangeSettings
+from bitwright.recipes.presets import read_preset
 from bitwright.rounding.gptq import Gptq
 from bitwright.rounding.nearest import Nearest
 from bitwright.rounding.sensitivity import Obs
@@ -167,12 +166,6 @@ class Method(Settings):
         return self
 
 
-def method_names() -> list[str]:
-    """Names of the presets that ship with bitwright, sorted."""
-    folder = resources.files("bitwright") / "recipes"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
-
-
 class Case(Settings):
     """What a preset changes for some schemes: `change` is merged into it where all that is given holds.
 
@@ -198,11 +191,7 @@ def load_method(name: str, scheme: Scheme | None = None) -> Method:
     Raises:
         RecipeError: there is no such preset.
     """
-    found = known_name(name, method_names())
-    if found is None:
-        raise RecipeError(f"method {name!r} is unknown{nearest_name(name, method_names())}")
-    text = (resources.files("bitwright") / "recipes" / f"{found}.toml").read_text(encoding="utf-8")
-    raw = tomllib.loads(text)
+    raw = read_preset(name)
     for case in [Case.model_validate(case) for case in raw.pop("cases", [])]:
         if scheme is not None and case.holds(scheme):
             raw = _merged(raw, case.change)

@@ -17,8 +17,9 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from bitwright.calibration.tokens import Calibration
 from bitwright.errors import RecipeError
-from bitwright.method import Method, load_method, method_names
+from bitwright.method import Method, load_method
 from bitwright.numeric.settings import Settings, annotations_at, explain, nearest_name
+from bitwright.recipes.presets import method_names
 from bitwright.scheme import Scheme
 
 

@@ -16,9 +16,10 @@ from bitwright.numeric.measure import sqnr_db, squared_error
 from bitwright.numeric.qtensor import QTensor
 from bitwright.numeric.spec import WeightSpec
 from bitwright.runtime import cpu
-from bitwright.runtime.cpu import CpuMode, instruction_sets
+from bitwright.runtime.cpu import instruction_sets
 from bitwright.runtime.decode import LeanDecoder
 from bitwright.runtime.linear import QuantizedLinear
+from bitwright.words import CpuMode
 
 Quantize = Callable[..., QTensor]
 

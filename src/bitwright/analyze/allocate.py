@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from bitwright.analyze.choices import Choice
 from bitwright.errors import PlanError
-from bitwright.method import load_method, method_names
+from bitwright.method import load_method
 from bitwright.recipe import Recipe, Rule
+from bitwright.recipes.presets import method_names
 
 Array = NDArray[np.float64]
 

@@ -15,7 +15,6 @@ from bitwright.evaluate.divergence import Divergence, compare
 from bitwright.evaluate.perplexity import (
     Model,
     Progress,
-    Protocol,
     Windows,
     compare_protocols,
     perplexity_of,
@@ -25,6 +24,7 @@ from bitwright.evaluate.perplexity import (
 from bitwright.evaluate.statistics import paired_interval
 from bitwright.execute.memory import peak_rss_bytes
 from bitwright.execute.shown import Shown
+from bitwright.words import Protocol
 
 __all__ = [
     "Divergence",

@@ -19,15 +19,15 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from bitwright.calibration.text import Text
 from bitwright.errors import EvaluationError
+from bitwright.words import Protocol
 
-Protocol = Literal["gptq", "gptq+bos"]
 Progress = Callable[[int, int], None]
 #: Takes ids [1, tokens] int64, returns logits [1, tokens, vocabulary] or an object that has `.logits`.
 Model = Callable[..., Any]

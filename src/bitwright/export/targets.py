@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from bitwright.checkpoint.open import model_name
 from bitwright.errors import FormatError, PlanError
@@ -20,9 +20,8 @@ from bitwright.formats.gguf import gguf_type
 from bitwright.formats.native import TensorEntry
 from bitwright.numeric.outliers import NoOutliers
 from bitwright.plan import Plan
+from bitwright.words import Engine, Target
 
-Target = Literal["compressed-tensors", "gguf", "gptq", "awq", "hf"]
-Engine = Literal["vllm", "vllm-cpu"]
 _OTHERWISE = "(or leave --format out, and export with --allow-lossy)"
 
 

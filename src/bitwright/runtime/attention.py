@@ -24,9 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bitwright.numeric.activation import KvSpec, fake_quantize
 from bitwright.numeric.fp8 import KvScales, fake_quantize_fp8
@@ -190,25 +187,26 @@ def _register(spec: KvSpec, base: str) -> str:
     """The name of the attention function that quantizes by `spec` and computes as `base`; it tells both, so
     registering it again changes nothing.
     """
-    name = f"{_PREFIX}_{spec.label()}_{base}"
-    AttentionInterface.register(name, partial(_attend, spec=spec, base=base))
     # Explicit softmax needs a mask even where it is only causal, which others leave to the kernel.
-    _register_mask(name, "eager" if spec.past_only else base)
-    return name
+    masks = "eager" if spec.past_only else base
+    return _register_function(f"{_PREFIX}_{spec.label()}_{base}", partial(_attend, spec=spec, base=base), masks)
 
 
 def _register_watch(base: str) -> str:
     """The name of the attention function that takes note of keys and values and computes as `base`."""
-    name = f"{_PREFIX}_watched_{base}"
-    AttentionInterface.register(name, partial(_watch, base=base))
-    _register_mask(name, base)
+    return _register_function(f"{_PREFIX}_watched_{base}", partial(_watch, base=base), base)
+
+
+def _register_function(name: str, function: Callable[..., Any], masks: str) -> str:
+    """`name`, by which transformers knows `function` from now on; it gets the masks of the attention `masks`."""
+    # Importing these takes seconds, which planning need not pay.
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(name, function)
+    if masks in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks])
     return name
-
-
-def _register_mask(name: str, base: str) -> None:
-    """Give the attention function `name` the masks that `base` gets."""
-    if base in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
 
 
 def _watch(
@@ -225,6 +223,8 @@ def _watch(
 
 def _ordinary(module: nn.Module, base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The attention function that transformers calls `base`."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     found: Callable[..., tuple[Tensor, Tensor | None]]
     found = _globals(module)["eager_attention_forward"] if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
     return found

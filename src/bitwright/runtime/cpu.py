@@ -24,7 +24,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,8 +35,7 @@ from bitwright.numeric.outliers import Outliers
 from bitwright.numeric.spec import WeightSpec
 from bitwright.runtime import reference
 from bitwright.runtime.reference import PackedWeight
-
-CpuMode = Literal["exact", "fast"]
+from bitwright.words import CpuMode
 
 # Sizes of the layout, as csrc/cpu/matmul.hpp has them: rows of a tile, columns of a chunk and of a panel.
 _TILE, _CHUNK, _PANEL = 16, 32, 128

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bitwright.runtime import cpu
-from bitwright.runtime.cpu import CpuMode
 from bitwright.runtime.decode_support import supports
 from bitwright.runtime.decode_weights import Block, Part, Product, plain
+from bitwright.words import CpuMode
 
 __all__ = ["LeanDecoder", "supports"]
 

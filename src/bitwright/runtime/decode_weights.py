@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bitwright.runtime import ops
-from bitwright.runtime.cpu import CpuMode, CpuWeight
+from bitwright.runtime.cpu import CpuWeight
 from bitwright.runtime.join import concatenate, joined_bias
 from bitwright.runtime.linear import PackedModule, QuantizedLinear, TiedLinear
+from bitwright.words import CpuMode
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ attention implementation set afterwards (`set_attn_implementation`) would leave 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -41,6 +40,9 @@ from bitwright.numeric.activation import InputSite
 from bitwright.numeric.hadamard import hadamard_blocks
 from bitwright.runtime.attention import KvQuantization, quantize_kv
 from bitwright.runtime.linear import PackedModule, QuantizedEmbedding, QuantizedLinear, TiedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Names of types in safetensors headers, as far as the native format uses them.
 _HEADER_DTYPES = {

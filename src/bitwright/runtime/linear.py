@@ -18,9 +18,10 @@ from bitwright.numeric.activation import InputSite
 from bitwright.numeric.hadamard import hadamard_blocks
 from bitwright.numeric.qtensor import QTensor
 from bitwright.runtime import ops, reference
-from bitwright.runtime.cpu import CpuMode, CpuWeight, HeldWeight, direct
+from bitwright.runtime.cpu import CpuWeight, HeldWeight, direct
 from bitwright.runtime.reference import PackedWeight
 from bitwright.runtime.triton.layout import supports
+from bitwright.words import CpuMode
 
 
 class PackedModule(nn.Module):

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bitwright.numeric.activation import InputSite
-from bitwright.runtime.cpu import CpuMode
 from bitwright.runtime.join import joined_parts
 from bitwright.runtime.linear import PackedModule, at_site
 from bitwright.runtime.vllm.routing import FLOAT_PART, Shard
+from bitwright.words import CpuMode
 
 
 class FloatMatrix(nn.Module):

@@ -20,10 +20,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from bitwright.errors import FormatError
 from bitwright.formats.native import QUANT_METHOD
 from bitwright.numeric.fp8 import KvScales
-from bitwright.runtime.cpu import CpuMode
 from bitwright.runtime.linear import QuantizedEmbedding
 from bitwright.runtime.vllm.matrices import Matrices
 from bitwright.runtime.vllm.routing import QuantizedModel, Shard, Stash
+from bitwright.words import CpuMode
 
 
 def register() -> None:
