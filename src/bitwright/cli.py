@@ -10,7 +10,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, get_args
 
 import typer
 
@@ -25,11 +25,7 @@ if TYPE_CHECKING:
     from bitwright.analyze.promise import Target as Goal
     from bitwright.analyze.target import TargetResult
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 def _show_version(wanted: bool) -> None:
@@ -94,7 +90,7 @@ def plan(
     found = [] if engine is None else obstacles(made, engine)
     if engine is not None:
         show.show_obstacles(engine, found)
-    _write_json(json_file, made.to_json() | {"estimate": vars(needs), "obstacles": [vars(one) for one in found]})
+    show.write_json(json_file, made.to_json() | {"estimate": vars(needs), "obstacles": [vars(one) for one in found]})
     if any(one.certain for one in found):
         raise typer.Exit(2)
 
@@ -150,11 +146,7 @@ def quantize(
             progress=lambda what, done, total: bar.update(bar.task_ids[0], completed=done, total=total, what=what),
         )
         if goal is not None:
-            from bitwright.analyze.choices import choices_of, default_choices
-            from bitwright.analyze.target import TargetOptions, quantize_to_target
-
-            mixed = default_choices() if method is None else choices_of([method])
-            reached = quantize_to_target(model, out, goal, TargetOptions(choices=mixed, base=wanted), options)
+            reached = _reach(goal, model, out, options, method=method, base=wanted)
         else:
             summary = bitwright.quantize(model, out, recipe=wanted, options=options)
     if goal is not None:
@@ -163,7 +155,7 @@ def quantize(
     if to is not None:
         place = out.with_name(out.name + (".gguf" if to == "gguf" else f"-{to}"))
         show.show_export(export_model(out, place, to))
-    _write_json(json_file, summary.to_json())
+    show.write_json(json_file, summary.to_json())
 
 
 @app.command("eval")
@@ -192,7 +184,7 @@ def evaluate(
             progress=lambda done, total: bar.update(bar.task_ids[0], completed=done, total=total),
         )
     show.show_evaluation(model, evaluation)
-    _write_json(json_file, evaluation.to_json())
+    show.write_json(json_file, evaluation.to_json())
 
 
 @app.command()
@@ -247,7 +239,7 @@ def analyze(
         )
     broken = breaches(report, limits)
     show.show_analysis(report, out, broken)
-    _write_json(json_file, report.model_dump(mode="json"))
+    show.write_json(json_file, report.model_dump(mode="json"))
     if broken:
         raise typer.Exit(4)
 
@@ -261,7 +253,7 @@ def inspect(
     """Show what a quantized folder holds."""
     found = bitwright.inspect(folder, verify=verify)
     show.show_inspection(found)
-    _write_json(json_file, found.to_json())
+    show.write_json(json_file, found.to_json())
     if found.complaints:
         raise typer.Exit(3)
     if verify:
@@ -284,7 +276,7 @@ def export(
     with show.error_console.status("exporting"):
         result = export_model(folder, out, to, allow_lossy=allow_lossy)
     show.show_export(result)
-    _write_json(json_file, result.to_json())
+    show.write_json(json_file, result.to_json())
 
 
 @app.command("import")
@@ -299,7 +291,7 @@ def import_(
     with show.error_console.status("importing"):
         result = import_model(path, out)
     show.show_export(result)
-    _write_json(json_file, result.to_json())
+    show.write_json(json_file, result.to_json())
 
 
 @app.command()
@@ -338,7 +330,7 @@ def bench(
         measured = bench_cuda(model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, dtype=wanted)
         for label, text in measured.lines():
             show.console.print(f"{label:36} {text}", highlight=False, markup=False)
-        _write_json(json_file, measured.to_json())
+        show.write_json(json_file, measured.to_json())
         return
     if dtype is not None:
         raise EvaluationError("--dtype is of the GPU, the CPU computes in float32; leave it out")
@@ -346,7 +338,18 @@ def bench(
 
     result = measure_speed(model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads, mode=mode)
     show.show_bench(result)
-    _write_json(json_file, result.to_json())
+    show.write_json(json_file, result.to_json())
+
+
+def _reach(
+    goal: Goal, model: str, out: Path, options: bitwright.RunOptions, *, method: str | None, base: bitwright.Recipe
+) -> TargetResult:
+    """What the target `goal` gave, with `method` alone or else all that are mixed by default."""
+    from bitwright.analyze.choices import choices_of, default_choices
+    from bitwright.analyze.target import TargetOptions, quantize_to_target
+
+    mixed = default_choices() if method is None else choices_of([method])
+    return quantize_to_target(model, out, goal, TargetOptions(choices=mixed, base=base), options)
 
 
 def _end_target(model: str, reached: TargetResult, report: Path | None, json_file: Path | None) -> NoReturn:
@@ -355,7 +358,7 @@ def _end_target(model: str, reached: TargetResult, report: Path | None, json_fil
     from bitwright.analyze.sections import allocation_section
 
     show.show_reached(reached)
-    _write_json(json_file, allocation_section(reached).model_dump(mode="json"))
+    show.write_json(json_file, allocation_section(reached).model_dump(mode="json"))
     if report is not None:
         report_on_target(model, reached, report)
         show.console.print(f"{report / 'report.html'}, report.json, recipe.toml", highlight=False)
@@ -375,11 +378,6 @@ def _overrides(given: list[str] | None, calibration: str | None, bits_per_weight
     """`--set` and the options that are short for one."""
     short = {"calibration.text": calibration and json.dumps(calibration), "bits_per_weight": bits_per_weight}
     return [*(given or ()), *(f"{key}={value}" for key, value in short.items() if value is not None)]
-
-
-def _write_json(path: Path | None, content: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,6 +77,12 @@ def interruptible(bar: Progress) -> Iterator[None]:
         bar.stop()
         error_console.print("interrupted; run the same command again to continue")
         raise SystemExit(130) from None
+
+
+def write_json(path: Path | None, content: dict[str, Any]) -> None:
+    """Write a command's result to `path`, where one was asked for."""
+    if path is not None:
+        path.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def show_plan(plan: Plan, needs: Estimate, every_row: bool) -> None:
