@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bitwright.checkpoint.manifest import read_manifest, verify_manifest
+from bitwright.checkpoint.native_folder import read_native
 from bitwright.checkpoint.open import model_name
-from bitwright.checkpoint.shard import read_header
-from bitwright.errors import FormatError
 from bitwright.execute.shown import Shown
-from bitwright.formats.native import TensorEntry, packed_bytes, parts, read_quantization_config
+from bitwright.formats.native import TensorEntry, packed_bytes
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,30 +63,9 @@ def inspect(folder: str | Path, *, verify: bool = False) -> Inspection:
     complaints = verify_manifest(folder) if verify else []
     if complaints:
         return Inspection(folder, manifest, {}, 0, float("nan"), complaints)
-    entries = read_quantization_config(read_config(folder)["quantization_config"])
-    found = {name: info for shard in manifest["shards"] for name, info in read_header(folder / shard)[0].items()}
-    for module, entry in entries.items():
-        for part, (shape, dtype) in parts(entry).items():
-            info = found.get(f"{module}.{part}")
-            if info is None or (info.shape, info.dtype) != (tuple(shape), dtype):
-                got = "nothing" if info is None else f"{list(info.shape)} {info.dtype}"
-                raise FormatError(f"{folder}: {module}.{part} is {got}, needed {list(shape)} {dtype}")
+    native = read_native(folder)
+    entries = native.entries
     weights = sum(entry.shape[0] * entry.shape[1] for entry in entries.values())
     packed = sum(packed_bytes(entry) for entry in entries.values())
-    total = sum(info.bytes for info in found.values())
+    total = sum(info.bytes for _, info in native.place.values())
     return Inspection(folder, manifest, entries, total, 8 * packed / weights if weights else float("nan"), [])
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a quantized folder.
-
-    Raises:
-        FormatError: it is missing, unreadable, or of a model that bitwright did not quantize.
-    """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{folder / 'config.json'}: cannot be read ({error})") from error
-    if not isinstance(config, dict) or "quantization_config" not in config:
-        raise FormatError(f"{folder / 'config.json'}: no quantization_config; not a quantized model")
-    return config

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bitwright.calibration.hessians import Evidence
+from bitwright.checkpoint.native_folder import check_finite
 from bitwright.checkpoint.shard import tensor_sha256
 from bitwright.checkpoint.source import Source
 from bitwright.errors import FormatError, WeightError
@@ -27,7 +28,7 @@ from bitwright.numeric.qtensor import QTensor
 from bitwright.ranges import Clipping, Ranging
 from bitwright.rounding.correction import corrected
 from bitwright.rounding.gptq import Gptq, Rounded, quantize_gptq
-from bitwright.rounding.nearest import CHUNK_WEIGHTS, quantize_nearest, row_chunks
+from bitwright.rounding.nearest import quantize_nearest, row_chunks
 from bitwright.rows import Row
 
 Record = dict[str, Any]
@@ -82,7 +83,7 @@ def process_row(
     """
     if tensor is None:
         return Outcome({}, record)
-    _check_finite(tensor, row.tensor)
+    check_finite(row.tensor, tensor)
     try:
         if row.action == "keep":
             parts, details, seconds = *_keep(tensor, row), {}
@@ -107,23 +108,6 @@ def recorded_kv_scales(records: Iterable[Mapping[str, Any]]) -> dict[str, KvScal
     """The scales of an fp8 KV cache by attention, from the greatest magnitudes that keys' linears recorded."""
     found = {record["tensor"].removesuffix(KEYS): record["kv_absmax"] for record in records if "kv_absmax" in record}
     return {attention: KvScales.of(*absmax) for attention, absmax in found.items()}
-
-
-def _check_finite(tensor: Tensor, name: str) -> None:
-    if not tensor.is_floating_point():
-        return
-    # In pieces: torch.isfinite makes three temporaries as large as its input.
-    flat, starts = tensor.reshape(-1), range(0, tensor.numel(), CHUNK_WEIGHTS)
-
-    def bad_from(start: int) -> int:
-        return int((~torch.isfinite(flat[start : start + CHUNK_WEIGHTS])).sum())
-
-    bad = sum(spread(bad_from, starts))
-    if bad:
-        raise WeightError(
-            f"{name}: {bad} of {tensor.numel()} values are NaN or Inf, needed finite weights; "
-            "the checkpoint is damaged or diverged"
-        )
 
 
 def _keep(tensor: Tensor, row: Row) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from bitwright.checkpoint.manifest import write_manifest
+from bitwright.checkpoint.manifest import read_manifest, write_manifest
 from bitwright.checkpoint.shard import write_shard
 from bitwright.formats.native import Sites, TensorEntry, pack, quantization_config
 from bitwright.numeric.activation import InputSite, KvSpec
@@ -106,6 +106,14 @@ class NativeFolders:
         content = {"job": {}, "source_label": "tiny", "recipe": {}, "shards": names, "tensors": records}
         write_manifest(folder, content, {})
         return folder
+
+
+def resealed(folder: Path) -> Path:
+    """`folder`, whose files were changed on purpose, with a manifest of what they are now."""
+    content = read_manifest(folder)
+    content.pop("files")
+    write_manifest(folder, content, {})
+    return folder
 
 
 def load(folder: Path, **arguments: Any) -> PreTrainedModel:

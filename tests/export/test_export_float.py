@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_folders import NativeFolders, logits
+from native_folders import NativeFolders, logits, resealed
 from safetensors.torch import load_file
 
 from bitwright.errors import FormatError
@@ -71,6 +71,7 @@ def test_values_that_do_not_fit_are_refused(native_folder: NativeFolders, tmp_pa
     data = bytearray(shard.read_bytes())
     data[info.start : info.start + 2] = torch.tensor([1e6]).bfloat16().view(torch.uint8).numpy().tobytes()
     shard.write_bytes(bytes(data))
+    resealed(folder)
     with pytest.raises(FormatError, match=r"q_proj\.weight: a weight of .* does not fit torch\.float16"):
         export_float(folder, tmp_path / "hf", dtype="float16")
     assert not (tmp_path / "hf").exists()

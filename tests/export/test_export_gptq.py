@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_folders import NativeFolders, logits
+from native_folders import NativeFolders, logits, resealed
 from safetensors.torch import load_file
 
 from bitwright.errors import FormatError
@@ -118,6 +118,7 @@ def test_zero_of_0_needs_version_2(native_folder: NativeFolders, tmp_path: Path)
     data = bytearray(shard.read_bytes())
     data[info.start : info.start + 4] = bytes(4)
     shard.write_bytes(bytes(data))
+    resealed(folder)
     with pytest.raises(FormatError, match=r"q_proj: has a zero of 0, .*version 1"):
         export_gptq(folder, tmp_path / "gptq")
     export_gptq(folder, tmp_path / "gptq", version=2)

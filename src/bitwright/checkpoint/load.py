@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitwright.checkpoint.agreement import agree
+from bitwright.checkpoint.manifest import MANIFEST
+from bitwright.checkpoint.native_folder import check_finite, read_native
 from bitwright.checkpoint.open import find_source, model_name
 from bitwright.checkpoint.quiet import quiet_transformers
 from bitwright.checkpoint.source import HuggingFaceSource, Source
@@ -55,13 +57,18 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
         dtype: of all float weights. Products in bfloat16 are slow on most CPUs.
 
     Raises:
-        CheckpointError: nothing of that name can be read, or weights or tokenizer are missing.
+        CheckpointError: nothing of that name can be read, its config, its tensors and the model contradict each other,
+            or its tokenizer is missing.
+        FormatError: the same for a folder that bitwright wrote.
+        WeightError: a tensor holds NaN or Inf.
     """
     model = model_name(model)
     folder = Path(model)
     if _is_quantized(folder):
         from bitwright.runtime.huggingface import register
 
+        if (folder / MANIFEST).exists():
+            read_native(folder)
         register()
         return LoadedModel(_from_folder(folder, dtype), _tokenizer(folder), model, folder, quantized=True)
     source = find_source(model)
@@ -137,6 +144,8 @@ def _complete(model: Any, report: dict[str, Any], label: str) -> PreTrainedModel
             f"{label}: tensor {name} {wrong[name]} ({len(wrong)} such); "
             "the checkpoint is incomplete or its config.json belongs to another: download it again"
         )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        check_finite(f"{label}: {name}", tensor)
     return model.eval()
 
 

@@ -10,6 +10,7 @@ from bitwright.calibration.overlap import overlap
 from bitwright.calibration.text import Layout, load_text
 from bitwright.checkpoint.load import LoadedModel, load_model
 from bitwright.checkpoint.manifest import read_manifest
+from bitwright.checkpoint.native_folder import read_native
 from bitwright.errors import EvaluationError
 from bitwright.evaluate import EvalOptions, Evaluation, Windows, evaluate_windows, token_windows
 from bitwright.inspect import inspect
@@ -37,13 +38,16 @@ def eval(
         progress: called with windows done and in all.
 
     Raises:
-        CheckpointError, FormatError: a model cannot be loaded.
+        CheckpointError, FormatError, WeightError: a model cannot be loaded, or is not what its manifest says.
         EvaluationError: the text is too short, a quantized model was calibrated on it, or the models do not
             share a vocabulary.
     """
     content = load_text(text, layout=layout)
     options = options or EvalOptions()
     loaded = load_model(model)
+    if loaded.quantized and loaded.folder is not None:
+        # what is measured must be what was made
+        read_native(loaded.folder, sums=True)
     windows = token_windows(loaded.tokenizer, content, options.length, options.windows, options.protocol)
     if not options.allow_overlap:
         _refuse_overlap(loaded, windows, content.name)

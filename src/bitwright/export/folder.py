@@ -18,24 +18,19 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from bitwright.checkpoint.manifest import read_manifest
+from bitwright.checkpoint.native_folder import INDEX, check_finite, read_native
 from bitwright.checkpoint.open import model_name
-from bitwright.checkpoint.shard import TensorInfo, fsync_folder, read_header, read_tensor, write_shard, write_text
+from bitwright.checkpoint.shard import TensorInfo, fsync_folder, read_tensor, write_shard, write_text
 from bitwright.checkpoint.source import SIDE_FILES
 from bitwright.errors import CheckpointError, FormatError, PlanError, ResumeError
 from bitwright.execute.shown import Shown
 from bitwright.formats.native import (
     Sites,
     TensorEntry,
-    check_part,
     parts,
-    read_quantization_config,
-    read_sites,
-    read_tied,
     unpack,
     unpack_grid,
 )
-from bitwright.inspect import read_config
 from bitwright.models import adapter_for
 from bitwright.numeric.fp8 import KvScales
 from bitwright.numeric.grid import Grid
@@ -43,7 +38,6 @@ from bitwright.numeric.hadamard import hadamard_blocks
 from bitwright.numeric.qtensor import QTensor
 
 Say = Callable[[str], None]
-INDEX = "model.safetensors.index.json"
 
 
 def silent(line: str) -> None:
@@ -134,36 +128,30 @@ class NativeFolder:
 
     @staticmethod
     def open(folder: str | Path) -> NativeFolder:
-        """The folder, its headers checked against its config; no weight is read.
+        """The folder, its files and headers checked against its manifest, its config and the model (see `read_native`).
 
         Raises:
             FormatError: the folder is not a complete bitwright result, or its parts contradict each other.
             CheckpointError: a shard is missing or damaged.
         """
         folder = Path(model_name(folder))
-        manifest, config = read_manifest(folder), read_config(folder)
-        quantization = config.pop("quantization_config")
-        entries = read_quantization_config(quantization)
-        place = {}
-        for shard in manifest["shards"]:
-            path = folder / Path(shard).name
-            place.update({name: (path, info) for name, info in read_header(path)[0].items()})
-        for module, entry in entries.items():
-            for part, needed in parts(entry).items():
-                name = f"{module}.{part}"
-                if name not in place:
-                    raise FormatError(f"{folder}: {name} is missing; the folder is incomplete or damaged")
-                check_part(name, place[name][1].shape, place[name][1].dtype, needed)
-        sites = read_sites(quantization)
-        check_kv_scales(place, sites.kv_scales)
-        tied = read_tied(quantization)
-        shared = tuple(name for name in _shared(manifest, config, {*entries, *tied}) if name not in place)
-        return NativeFolder(folder, config, entries, sites, tied, place, shared)
+        found = read_native(folder, sums=True)
+        check_kv_scales(found.place, found.sites.kv_scales)
+        quantized = {*found.entries, *found.tied}
+        shared = tuple(name for name in _shared(found.manifest, found.config, quantized) if name not in found.place)
+        return NativeFolder(folder, found.config, found.entries, found.sites, found.tied, found.place, shared)
 
     def read(self, name: str) -> Tensor:
-        """One stored tensor."""
+        """One stored tensor.
+
+        Raises:
+            CheckpointError: its shard is damaged.
+            WeightError: it holds NaN or Inf.
+        """
         path, info = self.place[name]
-        return read_tensor(path, name, info)
+        values = read_tensor(path, name, info)
+        check_finite(name, values)
+        return values
 
     def unpack(self, module: str) -> QTensor:
         """The matrix of a quantized module."""

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
+
+_PIECE = 1 << 17
+
+
+def not_finite(tensor: Tensor) -> int:
+    """How many values of `tensor`, of any type and shape, are NaN or infinite."""
+    if not tensor.is_floating_point() or tensor.is_meta:
+        return 0
+    # In pieces: torch.isfinite makes three temporaries as large as its input.
+    flat, starts = tensor.detach().reshape(-1), range(0, tensor.numel(), _PIECE)
+    return sum(int((~torch.isfinite(flat[start : start + _PIECE])).sum().item()) for start in starts)
 
 
 def squared_error(target: Tensor, result: Tensor) -> tuple[float, float]:

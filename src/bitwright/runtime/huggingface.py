@@ -38,6 +38,7 @@ from bitwright.formats.native import (
 )
 from bitwright.numeric.activation import InputSite
 from bitwright.numeric.hadamard import hadamard_blocks
+from bitwright.numeric.measure import not_finite
 from bitwright.runtime.attention import KvQuantization, quantize_kv
 from bitwright.runtime.linear import PackedModule, QuantizedEmbedding, QuantizedLinear, TiedLinear
 
@@ -162,6 +163,9 @@ class BitwrightQuantizer(HfQuantizer):
             if any(tensor.is_meta for tensor in stored.values()):
                 raise FormatError(f"{name}: its packed weights were offloaded; load with offload_buffers=False")
             check_parts(name, stored, module.entry)
+        for name, parameter in model.named_parameters():
+            if not_finite(parameter):
+                raise FormatError(f"{name}: holds NaN or Inf, needed finite values; the file is damaged")
         sites = self.quantization_config.sites
         if sites.kv_cache is not None:
             try:
