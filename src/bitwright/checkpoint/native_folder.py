@@ -56,10 +56,8 @@ class NativeHeaders:
     left_out: tuple[str, ...]
 
 
-def read_native(folder: Path, *, sums: bool = False) -> NativeHeaders:
+def read_native(folder: Path) -> NativeHeaders:
     """The headers of `folder`, checked against its manifest, its config and the model; no weight is read.
-
-    With `sums`, the shards and the config are hashed against the manifest.
 
     Raises:
         FormatError: the folder is not a complete bitwright result, or its parts contradict each other.
@@ -80,8 +78,6 @@ def read_native(folder: Path, *, sums: bool = False) -> NativeHeaders:
     kept = {name: info for name, (_, info) in place.items() if name not in packed}
     _check_records(folder, manifest, entries, kept)
     left_out = _check_model(folder, config, kept, entries, tied)
-    if sums:
-        _check_sums(folder, manifest)
     place = {name: where for name, where in place.items() if name not in left_out}
     return NativeHeaders(manifest, config, entries, sites, tied, place, left_out)
 
@@ -102,6 +98,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def check_sums(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Hash the shards, their index and the config against the `manifest` of `folder`; other files may be edited.
+
+    Raises:
+        FormatError: a file is not what was written.
+    """
+    files = manifest["files"]
+    for name in (*manifest["shards"], INDEX, "config.json"):
+        path = folder / Path(name).name
+        if name in files and path.exists() and file_sha256(path) != files[name]:
+            raise FormatError(
+                f"{path}: its SHA-256 is not that of {folder / 'manifest.json'}; the file was damaged or changed: copy "
+                "the folder again, or quantize the model again"
+            )
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """Refuse a float tensor that is not finite throughout.
 
@@ -117,18 +129,6 @@ def check_finite(name: str, tensor: Tensor) -> None:
             f"{name}: {bad} of {tensor.numel()} values are NaN or Inf, needed finite weights; "
             "the checkpoint is damaged or diverged"
         )
-
-
-def _check_sums(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuse shards, index and config that are not what was written; other files may be edited."""
-    files = manifest["files"]
-    for name in (*manifest["shards"], INDEX, "config.json"):
-        path = folder / Path(name).name
-        if name in files and path.exists() and file_sha256(path) != files[name]:
-            raise FormatError(
-                f"{path}: its SHA-256 is not that of {folder / 'manifest.json'}; the file was damaged or changed: copy "
-                "the folder again, or quantize the model again"
-            )
 
 
 def _headers(folder: Path, manifest: Mapping[str, Any]) -> dict[str, tuple[Path, TensorInfo]]:

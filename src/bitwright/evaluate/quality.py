@@ -10,7 +10,7 @@ from bitwright.calibration.overlap import overlap
 from bitwright.calibration.text import Layout, load_text
 from bitwright.checkpoint.load import LoadedModel, load_model
 from bitwright.checkpoint.manifest import read_manifest
-from bitwright.checkpoint.native_folder import read_native
+from bitwright.checkpoint.native_folder import check_sums
 from bitwright.errors import EvaluationError
 from bitwright.evaluate import EvalOptions, Evaluation, Windows, evaluate_windows, token_windows
 from bitwright.inspect import inspect
@@ -47,7 +47,7 @@ def eval(
     loaded = load_model(model)
     if loaded.quantized and loaded.folder is not None:
         # what is measured must be what was made
-        read_native(loaded.folder, sums=True)
+        check_sums(loaded.folder, read_manifest(loaded.folder))
     windows = token_windows(loaded.tokenizer, content, options.length, options.windows, options.protocol)
     if not options.allow_overlap:
         _refuse_overlap(loaded, windows, content.name)

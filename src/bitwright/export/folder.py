@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from bitwright.checkpoint.native_folder import INDEX, check_finite, read_native
+from bitwright.checkpoint.native_folder import INDEX, check_finite, check_sums, read_native
 from bitwright.checkpoint.open import model_name
 from bitwright.checkpoint.shard import TensorInfo, fsync_folder, read_tensor, write_shard, write_text
 from bitwright.checkpoint.source import SIDE_FILES
@@ -135,8 +135,9 @@ class NativeFolder:
             CheckpointError: a shard is missing or damaged.
         """
         folder = Path(model_name(folder))
-        found = read_native(folder, sums=True)
+        found = read_native(folder)
         check_kv_scales(found.place, found.sites.kv_scales)
+        check_sums(folder, found.manifest)
         quantized = {*found.entries, *found.tied}
         shared = tuple(name for name in _shared(found.manifest, found.config, quantized) if name not in found.place)
         return NativeFolder(folder, found.config, found.entries, found.sites, found.tied, found.place, shared)
