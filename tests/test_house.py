@@ -24,6 +24,7 @@ FLOORS = [
     {"plan", "inspect", "generate", "bench", "bench_cuda"},
     {"journey", "evaluate", "shares", "prepare", "export"},
     {"walk", "machine"},
+    {"publish"},
     {"pipeline"},
     {"analyze"},
     {"__init__"},

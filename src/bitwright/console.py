@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bitwright.checkpoint.place import write_output
+
 if TYPE_CHECKING:
     from bitwright.analyze.model import Report
     from bitwright.analyze.needs import AnalysisNeeds
@@ -82,7 +84,7 @@ def interruptible(bar: Progress) -> Iterator[None]:
 def write_json(path: Path | None, content: dict[str, Any]) -> None:
     """Write a command's result to `path`, where one was asked for."""
     if path is not None:
-        path.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+        write_output(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def show_plan(plan: Plan, needs: Estimate, every_row: bool) -> None:
@@ -170,6 +172,8 @@ def show_summary(summary: Summary) -> None:
         console.print(f"[bold red]{len(fallbacks)} fallbacks[/]: {', '.join(fallbacks[:5])}")
     if summary.resumed_shards:
         console.print(f"{summary.resumed_shards} shards were already done.")
+    for note in summary.notes:
+        console.print(escape(note), style="yellow", highlight=False)
 
 
 def show_evaluation(model: str, evaluation: Evaluation) -> None:

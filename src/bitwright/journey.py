@@ -7,7 +7,7 @@ tensor is next and where its bytes go. Calibrated ones bring the Hessian of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,8 @@ from bitwright.checkpoint.shard import tensor_sha256
 from bitwright.checkpoint.source import Source
 from bitwright.errors import FormatError, WeightError
 from bitwright.execute.local import spread
-from bitwright.formats.native import TensorEntry, pack, unpack
+from bitwright.formats.native import TensorEntry, check_part, pack, unpack
+from bitwright.formats.native import parts as layout_of
 from bitwright.numeric.fp8 import KvScales
 from bitwright.numeric.measure import sqnr_db, squared_error
 from bitwright.numeric.outliers import NoOutliers, NSigma
@@ -102,6 +103,60 @@ def stored_entry(row: Row, record: Record) -> TensorEntry:
     assert row.spec is not None
     shape = (row.shape[0], row.shape[1])
     return TensorEntry(row.spec, shape, record["outliers"], record["outlier_value_bits"])
+
+
+def check_finished(rows: Sequence[Row], parts: Mapping[str, Tensor], records: Sequence[Record]) -> None:
+    """Refuse `parts` and `records` of a finished unit that are not what its `rows` give: names, layouts, values.
+
+    Raises:
+        FormatError: naming the tensor, what was found and what was needed.
+    """
+    if [record.get("tensor") for record in records] != [row.tensor for row in rows]:
+        raise FormatError(f"records of {len(records)} tensors, needed those of {', '.join(row.tensor for row in rows)}")
+    known: set[str] = set()
+    for row, record in zip(rows, records, strict=True):
+        try:
+            known |= _check_row(row, parts, record)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FormatError(f"{row.tensor}: its record is not one that bitwright writes ({error!r})") from error
+    if strangers := sorted(parts.keys() - known):
+        raise FormatError(f"{strangers[0]}: unknown; no tensor of the plan has such a part")
+
+
+def _check_row(row: Row, parts: Mapping[str, Tensor], record: Record) -> set[str]:
+    """The names of the parts of a finished row, which are as they should be."""
+    told = {key: record[key] for key in ("action", "shape", "rule")}
+    planned: dict[str, Any] = {"action": row.action, "shape": list(row.shape), "rule": row.rule}
+    if row.spec is not None:
+        told["spec"], planned["spec"] = record["spec"], row.spec.model_dump(mode="json")
+    if told != planned:
+        raise FormatError(f"{row.tensor}: its record tells of {told}, needed {planned}")
+    entry = stored_entry(row, record) if row.action == "quantize" else None
+    layout = {} if entry is None else {f"{row.module}.{part}": needed for part, needed in layout_of(entry).items()}
+    if row.action == "keep" and row.stored_dtype is not None:
+        layout = {row.tensor: (row.shape, row.stored_dtype)}
+    for name, needed in layout.items():
+        if name not in parts:
+            raise FormatError(f"{name}: missing, needed {needed[1]} {list(needed[0])}")
+        check_part(name, tuple(parts[name].shape), parts[name].dtype, needed)
+    if entry is not None:
+        unpack(row.module, {name.removeprefix(f"{row.module}."): parts[name] for name in layout}, entry)
+        _check_details(row, record)
+    elif layout:
+        check_finite(row.tensor, parts[row.tensor])
+    nbytes = sum(parts[name].numel() * parts[name].dtype.itemsize for name in layout)
+    if record["bytes"] != nbytes:
+        raise FormatError(f"{row.tensor}: its record tells of {record['bytes']} bytes, and there are {nbytes}")
+    return set(layout)
+
+
+def _check_details(row: Row, record: Record) -> None:
+    """What is shown of a finished matrix, and gone on with: its error, its fallbacks, what its inputs are."""
+    numbers = [record["sqnr_db"] or 0.0, *(record.get("input_range") or ()), *record.get("kv_absmax", ())]
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        raise FormatError(f"{row.tensor}: its record tells of {numbers}, needed finite numbers")
+    if not all(isinstance(line, str) for line in record["fallbacks"]):
+        raise FormatError(f"{row.tensor}: its record tells of fallbacks {record['fallbacks']}, needed texts")
 
 
 def recorded_kv_scales(records: Iterable[Mapping[str, Any]]) -> dict[str, KvScales]:

@@ -11,11 +11,10 @@ bytes.
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,18 +28,19 @@ from bitwright.calibration.sample import sample_from_model
 from bitwright.calibration.tokens import TokenWindows, calibration_windows
 from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.load import load_model, load_tokenizer
-from bitwright.checkpoint.manifest import read_manifest, write_manifest
-from bitwright.checkpoint.open import open_source
-from bitwright.checkpoint.shard import read_header, read_shard, tensor_sha256, write_shard, write_text
+from bitwright.checkpoint.open import check_unchanged, find_source
+from bitwright.checkpoint.settle import settled
+from bitwright.checkpoint.shard import read_shard, write_shard
 from bitwright.checkpoint.source import Source
-from bitwright.errors import FallbackError, FormatError, ResumeError
+from bitwright.errors import FallbackError, FormatError
 from bitwright.execute.local import ahead, default_workers, own_threads, torch_threads
 from bitwright.execute.memory import peak_rss_bytes
 from bitwright.execute.shown import Shown
-from bitwright.formats.native import FORMAT_VERSION, Sites, quantization_config
-from bitwright.journey import Outcome, Record, process_row, read_row, recorded_kv_scales, stored_entry
+from bitwright.formats.native import FORMAT_VERSION
+from bitwright.journey import Outcome, Record, check_finished, process_row, read_row
 from bitwright.machine import Estimate, check_machine, estimate
 from bitwright.plan import Plan, make_plan, rotated_as_asked
+from bitwright.publish import check_written, finish, finished_manifest, silent
 from bitwright.recipe import Recipe, as_recipe
 from bitwright.rounding.gptq import NEAREST
 from bitwright.rows import Row, Unit
@@ -64,6 +64,8 @@ class Summary(Shown):
     """Shards that an earlier run of the same job had finished."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds of a calibrated job by phase; what is missing is reading, packing, verifying and writing."""
+    notes: tuple[str, ...] = ()
+    """What to know of the result, such as files of the source that it does not have."""
 
     @property
     def bytes(self) -> int:
@@ -99,6 +101,7 @@ class Summary(Shown):
             "peak_rss_bytes": self.peak_rss_bytes,
             "resumed_shards": self.resumed_shards,
             "phases": self.phases,
+            "notes": list(self.notes),
             "tensors": self.records,
         }
 
@@ -145,30 +148,47 @@ def quantize(
 
     Raises:
         RecipeError, PlanError, CheckpointError: before any work; see `plan`.
-        ResumeError: `out` or its unfinished folder belongs to another job.
+        ResumeError: `out` or its unfinished folder belongs to another job, is damaged, or is not ours; or a finished
+            shard was changed by others before it could be published.
+        CheckpointError: the source changed meanwhile.
         WeightError: a tensor holds NaN or Inf, or does not fit its stored types. What was finished is kept.
     """
     started = time.perf_counter()
     out = Path(out)
     resolved = as_recipe(recipe, method, scheme)
-    source = rotated_as_asked(open_source(model), resolved)
+    found = find_source(model)
+    identity = found.identity()
+    source = rotated_as_asked(settled(found), resolved)
     plan = make_plan(source, resolved)
     windows = _calibration(source, plan)
     job = _job(source, plan, windows)
-    if out.exists():
-        return _already_done(out, source, job, started)
+    if os.path.lexists(out):
+        manifest = finished_manifest(out, source, job, options.progress or silent)
+        seconds = time.perf_counter() - started
+        return Summary(out, manifest["tensors"], seconds, peak_rss_bytes(), len(manifest["shards"]))
     workers = options.workers or default_workers()
     needs = estimate(plan, workers)
     check_machine(needs, out)
     if options.announce is not None:
         options.announce(plan, needs)
     threads = own_threads if windows is None else torch_threads
-    with threads(workers), Journal(out, job, options.restart) as journal:
-        resumed = len(journal.done)
-        phases = _quantize_units(source, plan, journal, windows, _Report(plan, journal, options))
-        records = _finish(source, plan, journal, job, windows)
+    with threads(workers), Journal(out, job, options.restart, partial(_check_shard, plan)) as journal:
+        resumed, report = len(journal.done), _Report(plan, journal, options)
+        phases = _quantize_units(source, plan, journal, windows, report)
+        records, notes = finish(source, plan, journal, job, windows)
+        check_unchanged(found, identity)
+        report.say("checking what was written")
+        check_written(journal)
         journal.publish()
-    return Summary(out, records, time.perf_counter() - started, peak_rss_bytes(), resumed, phases)
+    return Summary(out, records, time.perf_counter() - started, peak_rss_bytes(), resumed, phases, notes)
+
+
+def _check_shard(plan: Plan, path: Path, records: list[Record]) -> None:
+    """Refuse a finished shard of an earlier run that is none of this plan."""
+    rows = {plan.shard_name(index): unit.rows for index, unit in enumerate(plan.units)}.get(path.name)
+    if rows is None:
+        raise FormatError(f"no shard of this job is called {path.name}")
+    check_finished(rows, read_shard(path), records)
 
 
 def _calibration(source: Source, plan: Plan) -> TokenWindows | None:
@@ -234,29 +254,6 @@ def _job(source: Source, plan: Plan, windows: TokenWindows | None) -> dict[str, 
     }
 
 
-def _already_done(out: Path, source: Source, job: dict[str, Any], started: float) -> Summary:
-    """The summary of a finished `out` that is this very job's, down to the source's every value."""
-    try:
-        manifest = read_manifest(out) if out.is_dir() else None
-    except FormatError:
-        manifest = None
-    if manifest is None:
-        raise ResumeError(f"{out}: exists and is not a bitwright result; choose another folder or remove it")
-    records = manifest["tensors"]
-    changed = [key for key in ("source", "recipe", "seed", "calibration") if manifest["job"].get(key) != job[key]]
-    if not changed:
-        read = [record for record in records if "source_sha256" in record]
-        sums = ahead(lambda record: tensor_sha256(source.read(record["tensor"])), read)
-        pairs = zip(read, sums, strict=True)
-        changed = [f"source tensor {record['tensor']}" for record, found in pairs if found != record["source_sha256"]]
-    if changed:
-        raise ResumeError(
-            f"{out}: already holds the result of another job (other {', '.join(changed[:3])}); "
-            "choose another folder or remove it"
-        )
-    return Summary(out, records, time.perf_counter() - started, peak_rss_bytes(), len(manifest["shards"]))
-
-
 def _quantize_units(
     source: Source, plan: Plan, journal: Journal, windows: TokenWindows | None, report: _Report
 ) -> dict[str, float]:
@@ -312,53 +309,3 @@ def _unit(plan: Plan, index: int, rounded: Iterable[tuple[Row, Outcome]], report
     ordered = [outcomes[row.tensor] for row in plan.units[index].rows]
     parts = {name: part for outcome in ordered for name, part in outcome.parts.items()}
     return plan.shard_name(index), parts, [outcome.record for outcome in ordered]
-
-
-def _finish(
-    source: Source, plan: Plan, journal: Journal, job: dict[str, Any], windows: TokenWindows | None
-) -> list[Record]:
-    """Write config, index, tokenizer and manifest beside the shards; returns every tensor's record."""
-    folder = journal.output
-    _remove_strangers(folder, set(journal.done))
-    shards = [journal.done[plan.shard_name(index)] for index in range(len(plan.units))]
-    records = [record for shard in shards for record in shard["records"]]
-    config = source.config | {"quantization_config": _quantization_config(plan, records)}
-    if plan.tied_head is not None:
-        # transformers would otherwise tie the head to a float weight that no longer exists.
-        config["tie_word_embeddings"] = False
-    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    weight_map = {name: shard["shard"] for shard in shards for name in read_header(folder / shard["shard"])[0]}
-    index = {"metadata": {"total_size": sum(r["bytes"] for r in records)}, "weight_map": weight_map}
-    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1, sort_keys=True) + "\n")
-    source.write_side_files(folder)
-    content = {
-        "job": {key: value for key, value in job.items() if key != "source_files"},
-        "source_label": plan.source,
-        "calibration": None if windows is None else windows.to_json(),
-        "recipe": plan.recipe.model_dump(mode="json"),
-        "shards": [shard["shard"] for shard in shards],
-        "tensors": records,
-    }
-    write_manifest(folder, content, {shard["shard"]: shard["sha256"] for shard in shards})
-    return records
-
-
-def _remove_strangers(folder: Path, shards: set[str]) -> None:
-    """Drop what a killed run left half-written."""
-    for path in folder.iterdir():
-        if path.name not in shards:
-            with suppress(FileNotFoundError):
-                path.unlink()
-
-
-def _quantization_config(plan: Plan, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What config.json says of the result."""
-    details = {record["tensor"]: record for record in records}
-    rows = [row for row in plan.rows() if row.action == "quantize"]
-    entries = {row.module: stored_entry(row, dict(details[row.tensor])) for row in rows}
-    sites = {row.module: row.input_site(details[row.tensor].get("input_range")) for row in rows}
-    inputs = {module: site for module, site in sites.items() if site is not None}
-    config = quantization_config(entries, sites=Sites(inputs, plan.kv_cache, recorded_kv_scales(records)))
-    if plan.tied_head is not None:
-        config["tied"] = {plan.tied_head: plan.adapter.embedding}
-    return config

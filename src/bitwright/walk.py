@@ -354,5 +354,5 @@ class _Overlay(Source):
     def files(self) -> list[Path]:
         return self._source.files()
 
-    def write_side_files(self, folder: Path) -> None:
-        self._source.write_side_files(folder)
+    def write_side_files(self, folder: Path) -> list[str]:
+        return self._source.write_side_files(folder)

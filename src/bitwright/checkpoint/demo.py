@@ -70,9 +70,9 @@ class DemoSource(Source):
         rescaling = f"log-normal {SIGMA} seed {SEED}" if self.off_grid else "none"
         return hashlib.sha256(f"{self._file.fingerprint()} rescaling {rescaling}".encode()).hexdigest()
 
-    def write_side_files(self, folder: Path) -> None:
+    def write_side_files(self, folder: Path) -> list[str]:
         """See `Source.write_side_files`."""
-        self._file.write_side_files(folder)
+        return self._file.write_side_files(folder)
 
     def _split(self, name: str) -> tuple[int | None, str]:
         """Index of the block and name inside it; (None, name) outside the blocks."""

@@ -91,7 +91,7 @@ class GgufSource(Source):
         kinds = ",".join(f"{name}:{entry.kind.name}" for name, entry in sorted(self._place.items()))
         return hashlib.sha256(f"{super().fingerprint()} {kinds}".encode()).hexdigest()
 
-    def write_side_files(self, folder: Path) -> None:
+    def write_side_files(self, folder: Path) -> list[str]:
         """See `Source.write_side_files`: the tokenizer of the file, rebuilt by transformers.
 
         Raises:
@@ -115,6 +115,7 @@ class GgufSource(Source):
         ids = {key: self.config[key] for key in TOKEN_IDS if key in self.config}
         content = {"_from_model_config": True, **ids}
         write_text(folder / "generation_config.json", json.dumps(content, indent=2, sort_keys=True) + "\n")
+        return []
 
 
 def _rope_halves(values: Tensor, heads: int) -> Tensor:

@@ -1,90 +1,165 @@
 """The journal: which shards of a job are done, so that a killed run continues where it was.
 
-While a job runs, everything lies in `OUT.partial/`: the finished shards in `OUT.partial/output/` and an
+While a job runs, everything lies in `OUT.partial/` (see `place`): the finished shards in `OUT.partial/output/` and an
 append-only `journal.jsonl` beside them. The first line is the job's identity; every further line is one
 finished shard with its SHA-256 and the records that the manifest needs. A shard is written, synced and
 renamed before its line is appended and synced, so a line always names a complete file; a shard without a line
 is written again. When all is done, `output/` is renamed to `OUT`: the folder appears complete or not at all.
+A job that ends without a finished shard leaves nothing, and one that was killed so is replaced by any other.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
+import re
+import stat
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from bitwright.checkpoint.shard import file_sha256, fsync_folder
-from bitwright.errors import ResumeError
+from bitwright.checkpoint.place import Place, left_over, not_ours, open_own, remove_entry
+from bitwright.checkpoint.shard import file_sha256
+from bitwright.errors import BitwrightError, ResumeError
+
+SUFFIX = ".partial"
+_JOURNAL = "journal.jsonl"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Records = list[dict[str, Any]]
+Check = Callable[[Path, Records], None]
+"""Told of a shard whose bytes are those of its line; raises BitwrightError where it is not what the records say."""
+
+
+def _trust(path: Path, records: Records) -> None:
+    pass
 
 
 class Journal:
     """An open job folder; use as a context manager."""
 
-    def __init__(self, out: Path, job: dict[str, Any], restart: bool = False):
+    def __init__(self, out: Path, job: dict[str, Any], restart: bool = False, check: Check = _trust):
         """Open or continue the job that makes `out`.
 
+        Args:
+            out: folder to be made.
+            job: its identity; an unfinished run of another one is not continued.
+            restart: discard what an unfinished run has finished.
+            check: asked about every finished shard before it is counted as done.
+
         Raises:
-            ResumeError: the folder belongs to another job, or another process works on it.
+            ResumeError: the folder is not ours or belongs to another job, another process works on it, or its journal
+                or a shard is not what we wrote.
         """
         self.out = out
-        self.folder = out.with_name(out.name + ".partial")
-        self.output = self.folder / "output"
-        self._path = self.folder / "journal.jsonl"
-        self._job = job
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # The lock lies on the folder itself: it vanishes with the process, and with the folder.
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise ResumeError(f"{self.folder}: another process is working on it") from error
+        self.place = Place(out, SUFFIX)
+        self.folder, self.output = self.place.folder, self.place.output
+        self._path = self.folder / _JOURNAL
+        self._job, self._check = job, check
         try:
             if restart:
-                self._clear()
+                self.place.clear()
             self.done: dict[str, dict[str, Any]] = self._read()
-            self._file = self._path.open("a", encoding="utf-8")
+            self._file = os.fdopen(self._open(os.O_WRONLY | os.O_APPEND | os.O_CREAT), "w", encoding="utf-8")
             if self._path.stat().st_size == 0:
                 self._append({"job": job})
         except BaseException:
-            os.close(self._lock)
+            self.place.close()
             raise
 
-    def _clear(self) -> None:
-        shutil.rmtree(self.output, ignore_errors=True)
-        self._path.unlink(missing_ok=True)
+    def _open(self, flags: int) -> int:
+        return os.open(_JOURNAL, flags | os.O_NOFOLLOW, 0o600, dir_fd=self.place.descriptor)
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        """Finished shards by file name whose files are intact; truncates a torn last line."""
-        self.output.mkdir(exist_ok=True)
-        if not self._path.exists():
-            return {}
-        lines, intact_bytes = [], 0
-        for line in self._path.read_bytes().splitlines(keepends=True):
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-            if not line.endswith(b"\n"):
-                lines.pop()
-                break
-            intact_bytes += len(line)
-        os.truncate(self._path, intact_bytes)
-        if not lines:
-            return {}
-        _refuse_other_job(self.folder, lines[0].get("job", {}), self._job)
-        done = {}
-        for entry in lines[1:]:
-            path = self.output / entry["shard"]
-            if path.exists() and file_sha256(path) == entry["sha256"]:
-                done[entry["shard"]] = entry
-        return done
+        """Finished shards by file name whose files are intact; drops a torn last line, and a job without a shard."""
+        lines = self._lines()
+        if lines:
+            known = lines[0].get("job")
+            if not isinstance(known, dict):
+                raise self._damaged(1)
+            if known != self._job:
+                if len(lines) > 1:
+                    _refuse_other_job(self.folder, known, self._job)
+                self.place.clear()
+        if not os.path.lexists(self.output):
+            self.output.mkdir()
+        elif not stat.S_ISDIR(self.output.lstat().st_mode):
+            raise not_ours(self.output, "it is not a folder of its own but a link or a file")
+        entries = [self._entry(number, line) for number, line in enumerate(lines[1:], start=2)]
+        return {entry["shard"]: entry for entry in entries if self._intact(entry)}
 
-    def record(self, shard: str, sha256: str, records: list[dict[str, Any]]) -> None:
+    def _lines(self) -> list[dict[str, Any]]:
+        """The journal's lines; a torn last one is cut off."""
+        try:
+            with open_own(_JOURNAL, self.folder, self.place.descriptor) as file:
+                if os.fstat(file.fileno()).st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                    raise not_ours(self._path, "other users may write into it")
+                whole = file.read().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        lines, intact_bytes = [], 0
+        for number, line in enumerate(whole, start=1):
+            try:
+                content = json.loads(line)
+                if not line.endswith(b"\n"):
+                    break
+            except ValueError:
+                if number == len(whole):
+                    break
+                raise self._damaged(number) from None
+            except RecursionError:
+                raise self._damaged(number) from None
+            if not isinstance(content, dict):
+                raise self._damaged(number)
+            lines.append(content)
+            intact_bytes += len(line)
+        descriptor = self._open(os.O_WRONLY)
+        try:
+            os.ftruncate(descriptor, intact_bytes)
+        finally:
+            os.close(descriptor)
+        return lines
+
+    def _entry(self, number: int, line: dict[str, Any]) -> dict[str, Any]:
+        """A line that names a finished shard, as `record` writes it."""
+        shard, sha256, records = line.get("shard"), line.get("sha256"), line.get("records")
+        if not (
+            line.keys() == {"shard", "sha256", "records"}
+            and isinstance(shard, str)
+            and Path(shard).name == shard
+            and isinstance(sha256, str)
+            and _SHA256.fullmatch(sha256)
+            and isinstance(records, list)
+            and all(isinstance(record, dict) for record in records)
+        ):
+            raise self._damaged(number)
+        return line
+
+    def _damaged(self, number: int) -> ResumeError:
+        return ResumeError(
+            f"{self._path}: line {number} is not what bitwright writes; pass --restart to make everything anew, or "
+            "choose another output folder"
+        )
+
+    def _intact(self, entry: dict[str, Any]) -> bool:
+        """Whether the shard of a line still is what was written; ResumeError where it never was what the line says."""
+        path = self.output / entry["shard"]
+        try:
+            if not stat.S_ISREG(path.lstat().st_mode) or file_sha256(path) != entry["sha256"]:
+                return False
+        except FileNotFoundError:
+            return False
+        try:
+            self._check(path, entry["records"])
+        except BitwrightError as error:
+            raise ResumeError(
+                f"{path}: does not hold what {_JOURNAL} says of it ({error}); pass --restart to make everything anew, "
+                "or choose another output folder"
+            ) from error
+        return True
+
+    def record(self, shard: str, sha256: str, records: Records) -> None:
         """Note that `shard` is complete."""
         entry = {"shard": shard, "sha256": sha256, "records": records}
         self._append(entry)
@@ -95,13 +170,23 @@ class Journal:
         self._file.flush()
         os.fsync(self._file.fileno())
 
+    def remove_strangers(self) -> None:
+        """Drop from the output what is no finished shard: what a killed run left half-written."""
+        descriptor = os.open(self.output, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            for name in os.listdir(descriptor):
+                if name not in self.done:
+                    remove_entry(name, descriptor)
+        finally:
+            os.close(descriptor)
+
     def publish(self) -> None:
-        """Make the finished output appear under its own name and forget the job."""
-        fsync_folder(self.output)
-        self.output.rename(self.out)
-        fsync_folder(self.out.parent)
-        self._file.close()
-        shutil.rmtree(self.folder)
+        """Make the finished output appear under its own name and forget the job.
+
+        Raises:
+            ResumeError: something of that name has appeared.
+        """
+        self.place.publish()
 
     def __enter__(self) -> Journal:
         """Self; the lock is already held."""
@@ -110,16 +195,53 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Release the lock; what is done stays done."""
+        """Release the lock; what is done stays done, and where nothing is, nothing stays."""
         self._file.close()
-        os.close(self._lock)
+        if error is not None and not self.done and (isinstance(error, BitwrightError) or not self._prepared()):
+            self.place.remove(parents=True)
+        self.place.close()
+
+    def _prepared(self) -> bool:
+        """Whether a run that was interrupted has more to go on with than shards: what precedes the first of them."""
+        return self.place.descriptor >= 0 and len(os.listdir(self.place.descriptor)) > 3  # mark, journal, output
+
+
+def tidy_finished(out: Path, job: dict[str, Any]) -> None:
+    """Remove what a run of `job` left that was killed after `out` had appeared; nothing of any other."""
+    place = left_over(out, SUFFIX)
+    if place is None:
+        return
+    try:
+        if not os.path.lexists(place.output) and _of_job(place, job):
+            place.remove()
+    except (OSError, ResumeError):
+        return  # it will be tidied another time
+    finally:
+        place.close()
+
+
+def _of_job(place: Place, job: dict[str, Any]) -> bool:
+    """Whether the journal of a place is of `job`, wherever its source lay, or is gone already."""
+    try:
+        with open_own(_JOURNAL, place.folder, place.descriptor) as file:
+            known = json.loads(file.readline()).get("job")
+    except FileNotFoundError:
+        return True
+    except (ValueError, AttributeError, RecursionError):
+        return False
+    return isinstance(known, dict) and all(known.get(key) == job[key] for key in job if key != "source_files")
 
 
 def _refuse_other_job(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     changed = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-    if changed:
-        details = "; ".join(f"{key}: was {found.get(key)}, is now {wanted.get(key)}" for key in changed)
-        raise ResumeError(
-            f"{folder}: an unfinished run of another job lies here ({details}). Run the same command to continue "
-            "it, pass --restart to discard it, or choose another output folder"
-        )
+    details = "; ".join(f"{key}: {_difference(found.get(key), wanted.get(key))}" for key in changed)
+    raise ResumeError(
+        f"{folder}: an unfinished run of another job lies here ({details}). Run the same command to continue "
+        "it, pass --restart to discard it, or choose another output folder"
+    )
+
+
+def _difference(found: Any, wanted: Any) -> str:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        return f"{', '.join(sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k)))} changed"
+    return f"was {found}, is now {wanted}"

@@ -7,6 +7,8 @@ jobs give byte-identical folders.
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,8 @@ def write_manifest(folder: Path, content: dict[str, Any], known_sums: dict[str, 
 
     `known_sums` spares re-reading the shards, whose sums were taken while they were written.
     """
-    files = {
-        path.name: known_sums.get(path.name) or file_sha256(path)
-        for path in sorted(folder.iterdir())
-        if path.name != MANIFEST
-    }
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
+    files = {name: known_sums.get(name) or file_sha256(folder / name) for name in names if name != MANIFEST}
     body = {"manifest_version": MANIFEST_VERSION, **content, "files": files}
     write_text(folder / MANIFEST, json.dumps(body, indent=1, sort_keys=True) + "\n")
 
@@ -50,14 +49,48 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def verify_manifest(folder: Path) -> list[str]:
-    """What does not agree with the manifest, one line per file; empty when the folder is intact."""
+def verify_manifest(folder: Path, say: Callable[[str, int, int], None] | None = None) -> list[str]:
+    """What does not agree with the manifest, one line per file; empty when the folder is intact.
+
+    `say` is told which file is being read, how many were, and how many there are.
+    """
     files: dict[str, str] = read_manifest(folder)["files"]
-    present = {path.name for path in folder.iterdir()} - {MANIFEST}
-    complaints = [f"{name}: missing" for name in sorted(set(files) - present)]
-    complaints += [f"{name}: not in the manifest" for name in sorted(present - set(files))]
-    for name in sorted(set(files) & present):
-        found = file_sha256(folder / name)
+    outside = [name for name in files if not _is_inside(name)]
+    complaints = [f"{name}: lies outside the folder" for name in sorted(outside)]
+    listed = files.keys() - set(outside)
+    present = set(_present(folder, {parent for name in listed for parent in _parents(name)})) - {MANIFEST}
+    complaints += [f"{name}: missing" for name in sorted(listed - present)]
+    complaints += [f"{name}: not in the manifest" for name in sorted(present - listed)]
+    for done, name in enumerate(sorted(listed & present)):
+        if say is not None:
+            say(f"checking {name}", done, len(listed))
+        try:
+            found = file_sha256(folder / name)
+        except OSError as error:
+            complaints.append(f"{name}: cannot be read ({error.strerror or error})")
+            continue
         if found != files[name]:
-            complaints.append(f"{name}: SHA-256 {found[:16]}, needed {files[name][:16]}")
+            complaints.append(f"{name}: SHA-256 {found[:16]}, needed {str(files[name])[:16]}")
     return complaints
+
+
+def _is_inside(name: str) -> bool:
+    """Whether `name`, of a manifest, is a plain path below its folder."""
+    return not name.startswith("/") and "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
+
+
+def _parents(name: str) -> list[str]:
+    """The folders of a file, relative as it is: of `a/b/c` `a` and `a/b`."""
+    parts = name.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def _present(folder: Path, expected: set[str], inner: str = "") -> Iterator[str]:
+    """Everything in `folder` by relative path; of folders that are links, or not `expected`, the name alone."""
+    with os.scandir(folder / inner) as entries:
+        for entry in entries:
+            name = inner + entry.name
+            if name in expected and entry.is_dir(follow_symlinks=False):
+                yield from _present(folder, expected, f"{name}/")
+            else:
+                yield name

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from os import PathLike, fspath
 from pathlib import Path
 
 from bitwright.checkpoint.demo import DemoSource
 from bitwright.checkpoint.gguf import GgufSource
 from bitwright.checkpoint.settle import settled
-from bitwright.checkpoint.source import SIDE_FILES, HuggingFaceSource, Source
+from bitwright.checkpoint.side_files import hub_patterns
+from bitwright.checkpoint.source import HuggingFaceSource, Source
 from bitwright.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -49,6 +51,35 @@ def find_source(model: str) -> Source:
     raise CheckpointError(f"{model}: not found; needed a folder, a .gguf file, a hub id (owner/name) or 'demo'")
 
 
+def check_unchanged(source: Source, identity: Mapping[str, str]) -> None:
+    """Refuse a source, as `find_source` gave it, whose files are no longer what they were.
+
+    Args:
+        source: whose config and headers were read once.
+        identity: of its files at that time.
+
+    Raises:
+        CheckpointError: naming the files that changed, or what can no longer be read of them.
+    """
+    remedy = "while it was being quantized; nothing was published: run the same command again with --restart"
+    try:
+        found = source.identity()
+        changed = sorted(name for name in identity if found.get(name) != identity[name])
+        if not changed and _reread(source).fingerprint() != source.fingerprint():
+            changed = ["headers of the weights"]
+    except (OSError, CheckpointError) as error:
+        raise CheckpointError(f"{source.label}: cannot be read any more ({error}); it changed {remedy}") from error
+    if changed:
+        raise CheckpointError(f"{source.label}: {', '.join(changed[:3])} changed {remedy}")
+
+
+def _reread(source: Source) -> Source:
+    """The same source, its headers read anew from the same files."""
+    if isinstance(source, HuggingFaceSource):
+        return HuggingFaceSource(source.folder, source.label)
+    return GgufSource(source.path) if isinstance(source, GgufSource) else DemoSource()
+
+
 def model_name(model: object) -> str:
     """`model` as a text, where it names one.
 
@@ -69,7 +100,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(hub_id, allow_patterns=["config.json", "*.safetensors*", *SIDE_FILES])
+        folder = snapshot_download(hub_id, allow_patterns=["config.json", "*.safetensors*", *hub_patterns()])
     except Exception as error:
         raise CheckpointError(
             f"{hub_id}: no such folder here, and the hub gave {type(error).__name__}: {error}"

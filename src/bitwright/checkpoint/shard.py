@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitwright.checkpoint.place import new_file, open_regular
 from bitwright.errors import CheckpointError
 
 DTYPES = {
@@ -70,8 +71,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         CheckpointError: the file is missing, truncated, has holes or overlaps, or names impossible tensors.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length_bytes = file.read(8)
             length = int.from_bytes(length_bytes, "little")
             if len(length_bytes) < 8 or length > min(size - 8, _LARGEST_HEADER_BYTES):
@@ -128,7 +129,7 @@ def read_tensor(path: Path, name: str, info: TensorInfo) -> Tensor:
     """
     buffer = torch.empty(info.bytes, dtype=torch.uint8)
     view = _bytes_of(buffer)
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         file.seek(info.start)
         done = 0
         while done < info.bytes:
@@ -149,7 +150,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Write `tensors` to `path` atomically (temporary sibling, fsync, rename); returns the SHA-256 of the file.
+    """Write `tensors` to `path` atomically (see `new_file`); returns the SHA-256 of the file.
 
     Tensors lie widest item type first, then by name; equal tensors give equal bytes.
     """
@@ -168,8 +169,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT_BYTES)
     digest = hashlib.sha256()
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with new_file(path) as file:
         for piece in (len(text).to_bytes(8, "little"), text):
             digest.update(piece)
             file.write(piece)
@@ -177,10 +177,6 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
             data = _bytes_of(tensor)
             digest.update(data)
             file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    fsync_folder(path.parent)
     return digest.hexdigest()
 
 
@@ -193,13 +189,8 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 def write_text(path: Path, content: str) -> str:
     """Write a small text file atomically and durably; returns the SHA-256 of its bytes."""
     data = content.encode()
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with new_file(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    fsync_folder(path.parent)
     return hashlib.sha256(data).hexdigest()
 
 
@@ -210,14 +201,5 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

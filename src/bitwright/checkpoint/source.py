@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,21 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from bitwright.checkpoint.place import open_regular
 from bitwright.checkpoint.shard import TensorInfo, read_header, read_tensor
+from bitwright.checkpoint.side_files import copy_side_files
 from bitwright.errors import CheckpointError
 from bitwright.formats import compressed_tensors, config
-
-# Everything a tokenizer or a generation loop may need beside the weights.
-SIDE_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-)
 
 # What `bitwright import` reads, by the quant_method of its config.json.
 IMPORTED = (compressed_tensors.QUANT_METHOD, "gptq", "awq")
@@ -57,8 +46,11 @@ class Source(ABC):
         """The files that the values come from; a change of any of them is a change of source."""
 
     @abstractmethod
-    def write_side_files(self, folder: Path) -> None:
-        """Write tokenizer and generation files (all but `config.json` and weights) into `folder`."""
+    def write_side_files(self, folder: Path) -> list[str]:
+        """Write tokenizer, templates, licences (all but `config.json` and weights) into `folder`.
+
+        Returns a line for each that was left out, and why.
+        """
 
     def identity(self) -> dict[str, str]:
         """Size and modification time of every file: what resume compares."""
@@ -97,12 +89,9 @@ class HuggingFaceSource(Source):
         """See `Source.files`."""
         return [self.folder / "config.json", *sorted({path for path, _ in self._place.values()})]
 
-    def write_side_files(self, folder: Path) -> None:
+    def write_side_files(self, folder: Path) -> list[str]:
         """See `Source.write_side_files`."""
-        for pattern in SIDE_FILES:
-            for path in sorted(self.folder.glob(pattern)):
-                if path.is_file() and not path.name.endswith(".gguf"):
-                    shutil.copyfile(path, folder / path.name)
+        return copy_side_files(self.folder, folder)
 
 
 def _quantized_already(settings: Any, folder: Path) -> str:
@@ -151,9 +140,12 @@ def locate_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
 
 def _read_json(path: Path, why: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            content = json.loads(file.read().decode("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing; {why}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):

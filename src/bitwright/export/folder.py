@@ -6,10 +6,7 @@ byte is written; what is written lies in `OUT.exporting` until it is complete, a
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,9 +17,10 @@ from torch import Tensor
 
 from bitwright.checkpoint.native_folder import INDEX, check_finite, check_sums, read_native
 from bitwright.checkpoint.open import model_name
-from bitwright.checkpoint.shard import TensorInfo, fsync_folder, read_tensor, write_shard, write_text
-from bitwright.checkpoint.source import SIDE_FILES
-from bitwright.errors import CheckpointError, FormatError, PlanError, ResumeError
+from bitwright.checkpoint.place import appearing
+from bitwright.checkpoint.shard import TensorInfo, read_tensor, write_shard, write_text
+from bitwright.checkpoint.side_files import copy_side_files
+from bitwright.errors import CheckpointError, FormatError, PlanError
 from bitwright.execute.shown import Shown
 from bitwright.formats.native import (
     Sites,
@@ -240,38 +238,11 @@ def new_folder(out: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `out` when the block ends; after an error nothing of it stays.
 
     Raises:
-        ResumeError: `out` exists, or another process is writing it.
+        ResumeError: `out` exists, another process is writing it, or `OUT.exporting` is not ours.
     """
-    if out.exists():
-        raise ResumeError(f"{out}: exists; choose another folder or remove it")
-    working = out.with_name(out.name + ".exporting")
-    working.mkdir(parents=True, exist_ok=True)
-    lock = os.open(working, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ResumeError(f"{working}: another process is working on it") from error
-        try:
-            # What a killed run left.
-            for path in working.iterdir():
-                path.unlink()
-            yield working
-            fsync_folder(working)
-            working.rename(out)
-            fsync_folder(out.parent)
-        except BaseException:
-            shutil.rmtree(working, ignore_errors=True)
-            raise
-    finally:
-        os.close(lock)
-
-
-def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer and generation files."""
-    for path in sorted({path for pattern in SIDE_FILES for path in source.glob(pattern)}):
-        if path.is_file() and path.suffix not in (".gguf", ".safetensors"):
-            shutil.copyfile(path, folder / path.name)
+    with appearing(out) as working:
+        working.mkdir()
+        yield working
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -355,7 +326,7 @@ def write_export(
                 tensors[name] = stored
                 rows.append(ExportRow(name, "kept", native.place[name][1].bytes, nbytes))
             writer.shard(shard, tensors)
-        copy_side_files(native.folder, working)
+        notes += tuple(copy_side_files(native.folder, working))
         for name, content in conversion.files.items():
             write_json(working / name, content)
         writer.finish(conversion.config)

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from bitwright.checkpoint.gguf_file import PLAIN, read_gguf_header
 from bitwright.checkpoint.manifest import read_manifest
-from bitwright.checkpoint.shard import fsync_folder
-from bitwright.errors import FormatError, ResumeError
+from bitwright.checkpoint.place import appearing, refuse_existing
+from bitwright.errors import FormatError
 from bitwright.export.folder import ExportResult, ExportRow, NativeFolder, Say, silent
 from bitwright.export.gguf_model import GgufModel, gguf_model, rope_pairs
 from bitwright.export.gguf_tokenizer import read_tokenizer
@@ -119,8 +119,7 @@ def export_gguf(
         ResumeError: `out` exists.
     """
     out, native = Path(out), NativeFolder.open(folder)
-    if out.exists():
-        raise ResumeError(f"{out}: exists; choose another name or remove it")
+    refuse_existing(out)
     model = gguf_model(native.config, _shapes(native))
     problems = _problems(native)
     if problems and not allow_lossy:
@@ -245,18 +244,12 @@ def _place(native: NativeFolder, module: str) -> tuple[str, tuple[int, ...], Lit
 
 @contextmanager
 def _atomic(out: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `out` when the block ends, and vanishes when it fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    try:
+    """A file to write, which becomes `out` when the block ends, and vanishes when it fails; see `appearing`."""
+    with appearing(out) as temporary:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         read_gguf_header(temporary)
-        temporary.rename(out)
-        fsync_folder(out.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _general(native: NativeFolder, jobs: list[_Job]) -> dict[str, Any]:

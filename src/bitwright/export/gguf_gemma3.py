@@ -84,9 +84,10 @@ class Gemma3Source(Source):
         """See `Source.files`."""
         return [self.path]
 
-    def write_side_files(self, folder: Path) -> None:
+    def write_side_files(self, folder: Path) -> list[str]:
         """See `Source.write_side_files`: the tokenizer of the file."""
         write_tokenizer(self.path, self.config, folder)
+        return []
 
 
 class _Metadata:

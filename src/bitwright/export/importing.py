@@ -20,6 +20,7 @@ from torch import Tensor
 from bitwright import __about__
 from bitwright.checkpoint.manifest import write_manifest
 from bitwright.checkpoint.shard import TensorInfo, read_tensor, tensor_sha256
+from bitwright.checkpoint.side_files import copy_side_files
 from bitwright.checkpoint.source import locate_tensors as locate_tensors
 from bitwright.errors import FormatError
 from bitwright.export.folder import (
@@ -28,7 +29,6 @@ from bitwright.export.folder import (
     FolderWriter,
     Say,
     check_kv_scales,
-    copy_side_files,
     new_folder,
     silent,
 )
@@ -86,13 +86,13 @@ def import_folder(path: str | Path, out: str | Path, *, say: Say = silent) -> Ex
         inputs = {name: site for name, site in done.sites.items() if site is not None}
         sites = Sites(inputs, reader.kv_cache, kv_scales)
         writer.finish(config | {"quantization_config": quantization_config(done.entries, sites=sites)})
-        copy_side_files(path, working)
+        notes = tuple(copy_side_files(path, working))
         write_manifest(working, _manifest(path, config, quantization, writer, done.records), writer.sums)
     rows = tuple(
         ExportRow(r["tensor"], "exact" if r["action"] == "quantize" else "kept", r["source_bytes"], r["bytes"])
         for r in done.records
     )
-    return ExportResult(out, f"bitwright, from {reader.name}", rows)
+    return ExportResult(out, f"bitwright, from {reader.name}", rows, notes)
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

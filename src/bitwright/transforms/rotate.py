@@ -140,9 +140,9 @@ class _RotatedSource(Source):
         """See `Source.files`."""
         return self._source.files()
 
-    def write_side_files(self, folder: Path) -> None:
+    def write_side_files(self, folder: Path) -> list[str]:
         """See `Source.write_side_files`."""
-        self._source.write_side_files(folder)
+        return self._source.write_side_files(folder)
 
     def identity(self) -> dict[str, str]:
         """See `Source.identity`; settings and seed count, too."""
