@@ -77,7 +77,7 @@ def test_verify_finds_a_flipped_bit(
         (("plan", "MODEL", "-m", "rtn", "-s", "w4b16"), "scheme 'w4b16'"),
         (("plan", "MODEL", "-m", "rtn", "-s", "w4a16", "--set", "sed=1"), "did you mean 'seed'"),
         (("plan", "MODEL", "-m", "rtn", "-s", "w4a12"), "12-bit activations"),
-        (("inspect", "MODEL"), "no manifest.json"),
+        (("inspect", "MODEL"), "manifest.json: missing"),
         (("eval", "MODEL", "--text", "/nowhere.txt"), "/nowhere.txt"),
     ],
 )

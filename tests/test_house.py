@@ -10,6 +10,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "bitwright"
 # A room may import rooms of a lower floor, and itself. From the ground up:
 FLOORS = [
     {"errors", "words", "__about__"},
+    {"untrusted"},
     {"execute"},
     {"numeric"},
     {"models", "ranges", "formats", "recipes"},

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from bitwright.checkpoint.load import load_model
-from bitwright.errors import EvaluationError
+from bitwright.errors import CheckpointError, EvaluationError
 from bitwright.execute.shown import Shown
 from bitwright.runtime.decode import LeanDecoder, supports
+from bitwright.untrusted.boundary import reading
+from bitwright.untrusted.ids import check_ids, embedding_rows
 
 # Settings of transformers that change greedy choices, and the values (besides None) that do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -71,13 +73,10 @@ def generate(model: str, prompt: str, *, tokens: int = 32, chat: bool = False) -
     if not prompt or tokens < 1:
         raise EvaluationError(f"a prompt and a positive number of tokens are needed, got {prompt!r} and {tokens}")
     loaded = load_model(model)
-    if chat and getattr(loaded.tokenizer, "chat_template", None):
-        message = [{"role": "user", "content": prompt}]
-        text = loaded.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    else:
-        text = prompt
-    inputs = loaded.tokenizer(text, return_tensors="pt")
+    with reading(f"{model}, its tokenizer or chat template", CheckpointError):
+        inputs = _inputs(loaded.tokenizer, prompt, chat)
     ids = inputs["input_ids"]
+    check_ids(ids, embedding_rows(loaded.model), f"{model}: the prompt", CheckpointError)
     length = ids.shape[1] + tokens
     fallback = supports(loaded.model, length) or _not_greedy(loaded.model.generation_config)
     started = time.perf_counter()
@@ -95,6 +94,15 @@ def generate(model: str, prompt: str, *, tokens: int = 32, chat: bool = False) -
         new = output[0, ids.shape[1] :].tolist()
     seconds = time.perf_counter() - started
     return Generation(prompt, loaded.tokenizer.decode(new, skip_special_tokens=True), len(new), seconds, fallback)
+
+
+def _inputs(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    """Ids and mask of the prompt, through the chat template where that is asked for."""
+    text: Any = prompt
+    if chat and getattr(tokenizer, "chat_template", None):
+        message = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, return_tensors="pt")
 
 
 def _lean(decoder: LeanDecoder, ids: Tensor, tokens: int, ends: set[int]) -> list[int]:

@@ -26,7 +26,7 @@ from bitwright.calibration.hessians import HessianPass, Reference
 from bitwright.calibration.stream import Stream
 from bitwright.checkpoint.shard import read_shard, write_shard, write_text
 from bitwright.checkpoint.source import Source
-from bitwright.errors import CalibrationError
+from bitwright.errors import CalibrationError, ResumeError
 from bitwright.execute.stopwatch import Stopwatch
 from bitwright.formats import layout
 from bitwright.formats.native import unpack
@@ -40,6 +40,8 @@ from bitwright.rows import Row, Unit
 from bitwright.runtime.attention import watched_kv
 from bitwright.runtime.sites import input_sites, quantized_activations
 from bitwright.shares import model_wide_shares, spends_model_wide
+from bitwright.untrusted.boundary import reading
+from bitwright.untrusted.json_file import read_json
 
 Values = Iterator[tuple[Tensor | None, Record]]
 
@@ -272,9 +274,9 @@ class Walk:
         """Read those of an interrupted run, or make and keep them."""
         path = self.folder / "token_weights.safetensors"
         if path.exists():
-            return {
-                (int(name.partition(".")[0]), name.partition(".")[2]): value for name, value in read_shard(path).items()
-            }
+            with reading(path, ResumeError, "run again with --restart"):
+                found = ((name.partition("."), value) for name, value in read_shard(path).items())
+                return {(int(index), name): value for (index, _, name), value in found}
         weights = token_weights(runner, folder=self.folder, progress=self.say)
         named = {f"{index}.{name}": value for (index, name), value in weights.items()}
         write_shard(path, named, {"format": "pt"})
@@ -284,7 +286,8 @@ class Walk:
         """Read those of an interrupted run, or find and keep them."""
         path = self.folder / "outlier_shares.json"
         if path.exists():
-            return {str(name): float(share) for name, share in json.loads(path.read_text(encoding="utf-8")).items()}
+            with reading(path, ResumeError, "run again with --restart"):
+                return {name: float(share) for name, share in read_json(path, ResumeError).items()}
         shares = model_wide_shares(runner, self.plan, self._weights, self.folder, self.say)
         write_text(path, json.dumps(shares, indent=1))
         return shares

@@ -287,7 +287,7 @@ def test_other_versions_and_other_files_are_refused(tmp_path):
         with pytest.raises(EvaluationError, match=message):
             read_report(path)
     path.write_text("[]")
-    with pytest.raises(EvaluationError, match="version None"):
+    with pytest.raises(EvaluationError, match="holds list, needed an object"):
         read_report(path)
     with pytest.raises(EvaluationError, match=r"none\.json"):
         read_report(tmp_path / "none.json")

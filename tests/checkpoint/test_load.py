@@ -40,7 +40,7 @@ def test_missing_tokenizer_is_named(folder):
 
 def test_damaged_tokenizer_is_named(folder):
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded"):
+    with pytest.raises(CheckpointError, match="its tokenizer: cannot be understood"):
         load_model(str(folder))
 
 

@@ -16,11 +16,11 @@ from bitwright.checkpoint.place import (
     appearing,
     left_over,
     new_file,
-    open_regular,
     private_folder,
     write_output,
 )
 from bitwright.errors import ResumeError
+from bitwright.untrusted.files import open_regular
 
 Plant = Callable[[Path, Path], None]
 

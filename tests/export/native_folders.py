@@ -77,14 +77,14 @@ class NativeFolders:
             if (site := sites(name)) is not None:
                 inputs[name] = site
             tensors |= {f"{name}.{part}": tensor for part, tensor in pack(q).items()}
-            records.append({"tensor": f"{name}.weight", "action": "quantize"})
+            records.append(record(f"{name}.weight", "quantize", module.weight, outliers=0, sqnr_db=None))
         shared = tied and EMBEDDING in entries
         for name, tensor in model.state_dict().items():
             if tied and name == "lm_head.weight":
-                records.append({"tensor": name, "action": "tied"})
+                records.append(record(name, "tied", tensor))
             elif name.removesuffix(".weight") not in entries:
                 tensors[name] = tensor.half()
-                records.append({"tensor": name, "action": "keep"})
+                records.append(record(name, "keep", tensor))
         ties = {"lm_head": EMBEDDING} if shared else None
         scales = KV_SCALES if kv_cache is not None and kv_cache.grid == "fp8" else {}
         config = model.config.to_dict() | {
@@ -130,3 +130,8 @@ def load(folder: Path, **arguments: Any) -> PreTrainedModel:
 @torch.no_grad()
 def logits(folder: Path) -> torch.Tensor:
     return load(folder)(IDS).logits
+
+
+def record(name: str, action: str, tensor: torch.Tensor, **more: object) -> dict[str, object]:
+    """What the manifest says of a tensor."""
+    return {"tensor": name, "action": action, "shape": list(tensor.shape), "bytes": 2 * tensor.numel(), **more}

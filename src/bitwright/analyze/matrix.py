@@ -20,6 +20,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,13 +34,15 @@ from bitwright.checkpoint.load import load_model
 from bitwright.checkpoint.open import open_source
 from bitwright.checkpoint.shard import write_text
 from bitwright.checkpoint.source import Source
-from bitwright.errors import CalibrationError
+from bitwright.errors import CalibrationError, EvaluationError
 from bitwright.evaluate import Windows, compare, paired_interval
 from bitwright.evaluate.divergence import Divergence
 from bitwright.evaluate.perplexity import forward_logits
 from bitwright.pipeline import RunOptions, quantize
 from bitwright.plan import make_plan, rotated_as_asked
 from bitwright.recipe import Recipe
+from bitwright.untrusted.boundary import reading
+from bitwright.untrusted.json_file import read_json
 
 _DRAWS = 100_000
 """Of the F distribution, for its quantiles: right to a percent."""
@@ -89,7 +92,7 @@ def measure_matrix(model: str, draws: Sequence[CalibrationSet], options: MatrixO
     folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / "matrix.json"
-    known: dict[str, list[dict[str, Any]]] = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
+    known: dict[str, list[dict[str, Any]]] = _kept_cells(place) if place.exists() else {}
     keys = [_key(source, cell, options.evaluations) for cell in cells]
     missing = [number for number, key in enumerate(keys) if key not in known]
     if missing:
@@ -113,6 +116,14 @@ def measure_matrix(model: str, draws: Sequence[CalibrationSet], options: MatrixO
         variance_ratio=tuple(variance_rows(found)),
         notes=tuple(_uneven(found)),
     )
+
+
+def _kept_cells(place: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of finished cells that an earlier run kept."""
+    cells = read_json(place, EvaluationError)
+    with reading(place, EvaluationError, f"remove {place} to measure anew"):
+        TypeAdapter(dict[str, list[MatrixRow]]).validate_python(cells)
+    return cells
 
 
 def _check_disjoint(draws: Sequence[CalibrationSet], evaluations: Sequence[CalibrationSet]) -> None:

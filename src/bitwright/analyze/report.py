@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -30,6 +29,7 @@ from bitwright.analyze.thresholds import metrics
 from bitwright.checkpoint.shard import write_text
 from bitwright.errors import EvaluationError
 from bitwright.numeric.settings import Settings, explain
+from bitwright.untrusted.json_file import read_json
 
 TILES = {
     "int8_channels": "outlier channels by LLM.int8's rule",
@@ -68,16 +68,14 @@ def read_report(path: Path) -> Report:
     Raises:
         EvaluationError: the file cannot be read, or is no report of this version.
     """
+    content = read_json(path, EvaluationError, "needed the report.json of an analysis")
+    version = content.get("version")
+    if version != 1:
+        raise EvaluationError(f"{path}: report version {version!r}; this bitwright reads 1; run the analysis again")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content.get("version") if isinstance(content, dict) else None
-        if version != 1:
-            raise EvaluationError(f"{path}: report version {version!r}; this bitwright reads 1; run the analysis again")
         return Report.model_validate(content)
     except ValidationError as error:
         raise EvaluationError(f"{path}: {explain(error, Report)}") from error
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"{path}: no report can be read ({error})") from error
 
 
 def render(report: Report) -> str:

@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from bitwright.analyze import corpora
 from bitwright.analyze.model import SetRow
 from bitwright.calibration.sample import sample_from_model
 from bitwright.calibration.text import Split, Text, builtin, load_text
-from bitwright.calibration.tokens import HUB, Calibration, calibration_windows
+from bitwright.calibration.tokens import HUB, Calibration, calibration_windows, read_ids
 from bitwright.checkpoint.load import load_model, load_tokenizer
 from bitwright.checkpoint.source import Source
 from bitwright.errors import CalibrationError, EvaluationError
@@ -219,8 +219,12 @@ class SetMaker:
             )
         place = self._place(temperature, seed)
         if place is not None and place.is_file():
-            ids: Tensor = load_file(place)["ids"]
-            return ids
+            kept = read_ids(place)
+            if kept.dtype != torch.int64 or tuple(kept.shape) != shape:
+                raise CalibrationError(
+                    f"{place}: {kept.dtype} {list(kept.shape)}, needed int64 {list(shape)}; remove it"
+                )
+            return kept
         self._check_memory()
         model = load_model(self._source.label).model
         ids = sample_from_model(model if temperature == 1 else _Tempered(model, temperature), *shape, seed)

@@ -36,6 +36,8 @@ from bitwright.execute.shown import Shown
 from bitwright.pipeline import RunOptions, quantize
 from bitwright.plan import Plan, make_plan, rotated_as_asked
 from bitwright.recipe import Recipe
+from bitwright.untrusted.boundary import reading
+from bitwright.untrusted.json_file import read_json
 
 _HEADER_BYTES = 1024
 """Of a weight file for each tensor, at most: names, shapes and offsets of its parts."""
@@ -252,12 +254,14 @@ class _Job:
         key = self._key(ids)
         path = self.folder / "sensitivity.json"
         if path.exists():
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["key"] != key:
+            stored = read_json(path, ResumeError)
+            if stored.get("key") != key:
                 raise ResumeError(
                     f"{self.folder}: holds the rounds of another target; remove it, or choose another folder"
                 )
-            return Sensitivity(tuple(Cost(**row | {"choice": self.choices[row["choice"]]}) for row in stored["costs"]))
+            with reading(path, ResumeError, f"remove {path} to measure anew"):
+                costs = (Cost(**row | {"choice": self.choices[row["choice"]]}) for row in stored["costs"])
+                return Sensitivity(tuple(costs))
         self.folder.mkdir(parents=True, exist_ok=True)
         found = measure_sensitivity(
             self.source, self.choices, ids, Run(probes, self.base, self.folder, self.options.say)

@@ -18,16 +18,17 @@ from typing import Any
 
 import torch
 from pydantic import Field, field_validator
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from bitwright.calibration.overlap import SHINGLE_TOKENS, fingerprints
 from bitwright.calibration.text import Layout, Text, load_text
-from bitwright.errors import CalibrationError, EvaluationError
+from bitwright.checkpoint.shard import read_header, read_tensor
+from bitwright.errors import CalibrationError, CheckpointError, EvaluationError
 from bitwright.numeric.settings import Settings
+from bitwright.untrusted.ids import check_ids
 
 HUB = "hf:"
+IDS = "ids"
 _WINDOWS_SUFFIX = ".safetensors"
 _CHARACTERS_PER_TOKEN = 16
 """Characters of a data set that are read for every token needed. Real text has 3 to 5 to a token; the rest gives
@@ -142,26 +143,33 @@ def _sampled(settings: Calibration, seed: int, sample: Sampler | None) -> Tensor
 
 def _given(settings: Calibration, vocabulary: int) -> TokenWindows:
     """The first `settings.windows` windows of a file of token ids, cut to `settings.window_tokens`."""
-    try:
-        ids = load_file(settings.text)["ids"]
-    except (OSError, KeyError, SafetensorError) as error:
-        raise CalibrationError(
-            f"calibration windows {settings.text!r}: cannot be read ({type(error).__name__}: {error}); needed a "
-            "safetensors file with the tensor ids, integers [windows, tokens]"
-        ) from error
+    ids = read_ids(Path(settings.text))
     needed = (settings.windows, settings.window_tokens)
     if ids.ndim != 2 or ids.is_floating_point() or ids.shape[0] < needed[0] or ids.shape[1] < needed[1]:
         raise CalibrationError(
             f"calibration windows {settings.text!r}: ids are {ids.dtype} {list(ids.shape)}, needed integers of at "
             f"least {list(needed)}; set calibration.windows and calibration.window_tokens to what the file holds"
         )
-    ids = ids[: needed[0], : needed[1]].to(torch.int64)
-    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+    ids = ids[: needed[0], : needed[1]]
+    check_ids(ids, vocabulary, f"calibration windows {settings.text!r}", CalibrationError)
+    return TokenWindows(ids.to(torch.int64), Path(settings.text).name)
+
+
+def read_ids(path: Path) -> Tensor:
+    """The tensor `ids` of a safetensors file, whatever its type and shape.
+
+    Raises:
+        CalibrationError: there is no such file or tensor, or the file is damaged.
+    """
+    try:
+        tensors = read_header(path)[0]
+        if IDS not in tensors:
+            raise CheckpointError(f"{path}: holds {', '.join(sorted(tensors)[:3]) or 'nothing'}, and no tensor {IDS}")
+        return read_tensor(path, IDS, tensors[IDS])
+    except CheckpointError as error:
         raise CalibrationError(
-            f"calibration windows {settings.text!r}: ids from {int(ids.min())} to {int(ids.max())}, needed 0 to "
-            f"{vocabulary - 1}; use the tokenizer that belongs to this model"
-        )
-    return TokenWindows(ids, Path(settings.text).name)
+            f"calibration windows: {error}; needed a safetensors file with the tensor {IDS}, integers [windows, tokens]"
+        ) from error
 
 
 def _load(settings: Calibration) -> Text:

@@ -7,7 +7,6 @@ that bitwright wrote goes through `from_pretrained` as well, with bitwright's qu
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,20 @@ from bitwright.checkpoint.manifest import MANIFEST
 from bitwright.checkpoint.native_folder import check_finite, read_native
 from bitwright.checkpoint.open import find_source, model_name
 from bitwright.checkpoint.quiet import quiet_transformers
-from bitwright.checkpoint.source import HuggingFaceSource, Source
+from bitwright.checkpoint.source import HuggingFaceSource, Source, locate_tensors
 from bitwright.errors import CheckpointError
 from bitwright.formats.native import QUANT_METHOD
+from bitwright.untrusted.boundary import reading
+from bitwright.untrusted.json_file import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+
+
+ADAPTER = "adapter_config.json"
+_OTHER_TOKENIZER = "copy the tokenizer files of the original checkpoint into the folder"
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
         if (folder / MANIFEST).exists():
             read_native(folder)
         register()
+        # Names, headers and kinds of files, before transformers opens any: it would unpickle some of them.
+        locate_tensors(folder)
         return LoadedModel(_from_folder(folder, dtype), _tokenizer(folder), model, folder, quantized=True)
     source = find_source(model)
     agree(source.label, source.config, source.tensors)
@@ -93,28 +100,40 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 def _is_quantized(folder: Path) -> bool:
     """Whether bitwright wrote the folder; any problem with the file is left to those who need it."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
-    except (OSError, ValueError, KeyError, TypeError):
+        settings = read_json(folder / "config.json", CheckpointError).get("quantization_config")
+    except CheckpointError:
         return False
+    return isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    with quiet_transformers():
-        try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are in the report, by name
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
+    _refuse_redirection(folder)
+    with quiet_transformers(), reading(folder, CheckpointError):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, by name
+        )
     return _complete(model, report, str(folder))
+
+
+def _refuse_redirection(folder: Path) -> None:
+    """Refuse what makes transformers load other files than those that were checked."""
+    if (folder / ADAPTER).exists():
+        raise CheckpointError(
+            f"{folder / ADAPTER}: an adapter (LoRA) lies beside the weights; merge it into them with PEFT's "
+            "merge_and_unload, or remove its files"
+        )
+    if read_json(folder / "config.json", CheckpointError).get("transformers_weights") is not None:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: transformers_weights names other files than model.safetensors; remove the key"
+        )
 
 
 def _from_source(source: Source, dtype: torch.dtype) -> PreTrainedModel:
@@ -123,7 +142,7 @@ def _from_source(source: Source, dtype: torch.dtype) -> PreTrainedModel:
 
     weights = {name: source.read(name).to(dtype) for name in source.tensors}
     # from_pretrained builds on the meta device, ties weights and computes buffers (the RoPE frequencies)
-    with quiet_transformers():
+    with quiet_transformers(), reading(source.label, CheckpointError):
         config = AutoConfig.for_model(**source.config)
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         model, report = kind.from_pretrained(
@@ -157,8 +176,5 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder}: no tokenizer (needed one of {', '.join(TOKENIZER_FILES)}); "
             "copy the tokenizer files of the original checkpoint into the folder"
         )
-    with quiet_transformers():
-        try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # the tokenizers library raises bare Exceptions
-            raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+    with quiet_transformers(), reading(f"{folder}, its tokenizer", CheckpointError, _OTHER_TOKENIZER):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

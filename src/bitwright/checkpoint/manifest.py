@@ -10,13 +10,66 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bitwright.checkpoint.shard import file_sha256, write_text
 from bitwright.errors import FormatError
+from bitwright.untrusted.boundary import reading
+from bitwright.untrusted.json_file import read_json
+from bitwright.untrusted.names import inside, shards_of
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
+
+
+_Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 62)]
+
+
+class _Lenient(BaseModel):
+    """Keys that readers use, checked; others are carried along."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class _Record(_Lenient):
+    """What the manifest says of one tensor."""
+
+    tensor: str
+    action: Literal["quantize", "keep", "tied"]
+    shape: Annotated[list[_Count], Field(max_length=32)]
+    bytes: _Count
+    outliers: _Count = 0
+    sqnr_db: float | None = None
+    source_sha256: str | None = None
+
+    @model_validator(mode="after")
+    def _is_matrix(self) -> _Record:
+        if self.action == "quantize":
+            if len(self.shape) != 2 or 0 in self.shape:
+                raise ValueError(f"shape {self.shape} of a quantized tensor, needed [out, in]")
+            if missing := {"outliers", "sqnr_db"} - self.model_fields_set:
+                raise ValueError(f"{min(missing)} is missing")
+        return self
+
+
+class _Calibration(_Lenient):
+    """What the manifest says of calibration windows."""
+
+    fingerprints: list[list[Annotated[int, Field(strict=True, ge=0, lt=1 << 64)]]] = Field(default_factory=list)
+
+
+class _Manifest(_Lenient):
+    """The keys of a manifest that readers use."""
+
+    job: dict[str, Any]
+    source_label: str
+    calibration: _Calibration | None = None
+    recipe: dict[str, Any]
+    shards: list[str]
+    tensors: list[_Record]
+    files: dict[str, str]
 
 
 def write_manifest(folder: Path, content: dict[str, Any], known_sums: dict[str, str]) -> None:
@@ -37,15 +90,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         FormatError: the folder has none, or one that cannot be read.
     """
     path = folder / MANIFEST
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FormatError(f"{folder}: no {MANIFEST}; not a folder that quantize or import completed") from error
-    except ValueError as error:
-        raise FormatError(f"{path}: not JSON ({error}); the folder is damaged") from error
-    if not isinstance(content, dict) or content.get("manifest_version") != MANIFEST_VERSION:
-        found = content.get("manifest_version") if isinstance(content, dict) else type(content).__name__
-        raise FormatError(f"{path}: manifest version {found}, this bitwright reads {MANIFEST_VERSION}")
+    content = read_json(path, FormatError, "not a folder that quantize or import completed")
+    if content.get("manifest_version") != MANIFEST_VERSION:
+        found = content.get("manifest_version")
+        raise FormatError(f"{path}: manifest version {found!r}, this bitwright reads {MANIFEST_VERSION}")
+    with reading(path, FormatError):
+        _Manifest.model_validate(content)
+    for name in content["files"]:
+        inside(folder, name, path, FormatError)
+    shards_of(folder, content["shards"], path, FormatError)
     return content
 
 

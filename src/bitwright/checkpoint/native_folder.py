@@ -5,7 +5,6 @@ It is read here for everything that takes such a folder: export, inspect, eval, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from bitwright.checkpoint.agreement import agree
-from bitwright.checkpoint.manifest import read_manifest
+from bitwright.checkpoint.manifest import MANIFEST, read_manifest
 from bitwright.checkpoint.shard import TensorInfo, file_sha256, read_header
 from bitwright.errors import CheckpointError, FormatError, PlanError, WeightError
 from bitwright.execute.local import spread
@@ -28,6 +27,9 @@ from bitwright.formats.native import (
     read_tied,
 )
 from bitwright.numeric.measure import not_finite
+from bitwright.untrusted.boundary import reading
+from bitwright.untrusted.json_file import read_json
+from bitwright.untrusted.names import shards_of
 
 _PIECE = 1 << 17
 INDEX = "model.safetensors.index.json"
@@ -63,6 +65,11 @@ def read_native(folder: Path) -> NativeHeaders:
         FormatError: the folder is not a complete bitwright result, or its parts contradict each other.
         CheckpointError: a shard is missing or damaged.
     """
+    with reading(folder, FormatError):
+        return _read_native(folder)
+
+
+def _read_native(folder: Path) -> NativeHeaders:
     manifest, config = read_manifest(folder), read_config(folder)
     quantization = config.pop("quantization_config")
     entries, sites, tied = read_quantization_config(quantization), read_sites(quantization), read_tied(quantization)
@@ -88,12 +95,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         FormatError: it is missing, unreadable, or of a model that bitwright did not quantize.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{folder / 'config.json'}: cannot be read ({error})") from error
+    config = read_json(folder / "config.json", FormatError)
     # null, which tools that dequantize leave, means none
-    if not isinstance(config, dict) or not isinstance(config.get("quantization_config"), dict):
+    if not isinstance(config.get("quantization_config"), dict):
         raise FormatError(f"{folder / 'config.json'}: no quantization_config; not a quantized model")
     return config
 
@@ -106,7 +110,7 @@ def check_sums(folder: Path, manifest: Mapping[str, Any]) -> None:
     """
     files = manifest["files"]
     for name in (*manifest["shards"], INDEX, "config.json"):
-        path = folder / Path(name).name
+        path = folder / name
         if name in files and path.exists() and file_sha256(path) != files[name]:
             raise FormatError(
                 f"{path}: its SHA-256 is not that of {folder / 'manifest.json'}; the file was damaged or changed: copy "
@@ -133,8 +137,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 def _headers(folder: Path, manifest: Mapping[str, Any]) -> dict[str, tuple[Path, TensorInfo]]:
     place: dict[str, tuple[Path, TensorInfo]] = {}
-    for shard in manifest["shards"]:
-        path = folder / Path(shard).name
+    for path in shards_of(folder, manifest["shards"], folder / MANIFEST, FormatError).values():
         found = read_header(path)[0]
         if twice := found.keys() & place.keys():
             raise FormatError(f"{path}: holds {min(twice)}, which {place[min(twice)][0].name} holds as well")

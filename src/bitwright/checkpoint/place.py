@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from bitwright.errors import ResumeError
+from bitwright.untrusted.files import open_regular
 
 MARK = ".bitwright"
 _MARK_TEXT = (
@@ -252,26 +253,6 @@ def write_output(path: Path, content: str) -> None:
             file.write(content.encode())
 
 
-def open_regular(path: Path, follow: bool = True) -> FileIO:
-    """`path` to be read, unbuffered, links followed if wanted; pipes and devices, which might hang, are not opened.
-
-    Raises:
-        OSError: it cannot be read, or is no regular file.
-    """
-    return _open_regular(path, os.O_RDONLY if follow else os.O_RDONLY | os.O_NOFOLLOW)
-
-
-def _open_regular(path: Path | str, flags: int, folder: int | None = None) -> FileIO:
-    follow = not flags & os.O_NOFOLLOW
-    if not stat.S_ISREG(os.stat(path, dir_fd=folder, follow_symlinks=follow).st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    descriptor = os.open(path, flags | os.O_NONBLOCK, dir_fd=folder)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return open(descriptor, "rb", buffering=0)
-
-
 def open_own(path: Path | str, label: Path, folder: int | None = None) -> FileIO:
     """A file of this user to be read, no link; relative to the open `folder` if that is given.
 
@@ -280,7 +261,7 @@ def open_own(path: Path | str, label: Path, folder: int | None = None) -> FileIO
         OSError: it cannot be read.
     """
     try:
-        file = _open_regular(path, os.O_RDONLY | os.O_NOFOLLOW, folder)
+        file = open_regular(path, follow=False, folder=folder)
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.ELOOP):
             raise not_ours(label / path, "it is not a regular file") from error

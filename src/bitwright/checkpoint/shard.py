@@ -14,14 +14,18 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitwright.checkpoint.place import new_file, open_regular
+from bitwright.checkpoint.place import new_file
 from bitwright.errors import CheckpointError
+from bitwright.untrusted.boundary import REMEDY
+from bitwright.untrusted.files import open_regular
+from bitwright.untrusted.json_file import parse_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -41,6 +45,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_HEADER_BYTES = 100 * 1024 * 1024
+_LARGEST_RANK = 16
 _ALIGNMENT_BYTES = 8
 
 
@@ -56,7 +61,7 @@ class TensorInfo:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        return int(torch.Size(self.shape).numel())
+        return prod(self.shape)
 
     @property
     def bytes(self) -> int:
@@ -80,14 +85,13 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
                     f"{path}: header of {length} bytes does not fit a file of {size} bytes; "
                     "the file is truncated or not safetensors: download it again"
                 )
-            raw = json.loads(file.read(length).decode("utf-8"))
+            text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: the header is not JSON ({error}); the file is corrupt") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: the header is {type(raw).__name__}, needed an object of tensors")
+    raw = parse_json(text, f"{path}, its header", CheckpointError)
     metadata = raw.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path}: __metadata__ is {type(metadata).__name__}, needed an object; {REMEDY}")
     tensors = {name: _tensor_info(path, name, entry, 8 + length) for name, entry in raw.items()}
     _check_layout(path, tensors, 8 + length, size)
     return tensors, metadata
@@ -96,16 +100,24 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     try:
         dtype = DTYPES[entry["dtype"]]
-        shape = tuple(int(n) for n in entry["shape"])
-        start, end = (int(offset) for offset in entry["data_offsets"])
+        shape = tuple(map(_size, entry["shape"][: _LARGEST_RANK + 1]))
+        start, end = map(_size, entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: tensor {name} has an unusable header entry {entry!r}") from error
+        raise CheckpointError(
+            f"{path}: tensor {name} has an unusable header entry {str(entry)[:99]}; {REMEDY}"
+        ) from error
     info = TensorInfo(shape, dtype, data_start + start, data_start + end)
-    if min((*shape, start), default=0) < 0 or end - start != info.bytes:
+    if len(shape) > _LARGEST_RANK or end - start != info.bytes:
         raise CheckpointError(
             f"{path}: tensor {name} {list(shape)} {entry['dtype']} spans {end - start} bytes, needed {info.bytes}"
         )
     return info
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 62:
+        raise ValueError(f"{value!r} is no size")
+    return value
 
 
 def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], data_start: int, size: int) -> None:

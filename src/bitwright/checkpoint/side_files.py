@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from bitwright.checkpoint.place import new_file, open_regular
+from bitwright.checkpoint.place import new_file
+from bitwright.untrusted.files import open_regular
 
 PATTERNS = (
     "tokenizer*",

@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from bitwright.checkpoint.place import open_regular
 from bitwright.checkpoint.shard import TensorInfo, read_header, read_tensor
 from bitwright.checkpoint.side_files import copy_side_files
 from bitwright.errors import CheckpointError
 from bitwright.formats import compressed_tensors, config
+from bitwright.untrusted.json_file import read_json
+from bitwright.untrusted.names import shards_of
 
 # What `bitwright import` reads, by the quant_method of its config.json.
 IMPORTED = (compressed_tensors.QUANT_METHOD, "gptq", "awq")
@@ -71,7 +72,7 @@ class HuggingFaceSource(Source):
         """Read config and headers; CheckpointError where they are damaged or already quantized."""
         self.folder = folder
         self.label = label or str(folder)
-        self.config = _read_json(folder / "config.json", "a Hugging Face folder has one")
+        self.config = read_json(folder / "config.json", CheckpointError, "a Hugging Face folder has one")
         # null, which tools that dequantize leave, means none
         if self.config.get("quantization_config") is not None:
             raise CheckpointError(f"{folder}: {_quantized_already(self.config['quantization_config'], folder)}")
@@ -109,24 +110,25 @@ def _quantized_already(settings: Any, folder: Path) -> str:
 
 def locate_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     """Every tensor's file and header entry; the index and the shards must agree."""
-    index_path = folder / "model.safetensors.index.json"
+    index_path, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index_path.exists() and single.exists():
+        raise CheckpointError(
+            f"{folder}: both {index_path.name} and {single.name} are there, and programs differ in which they read; "
+            "remove one of them"
+        )
     if not index_path.exists():
-        single = folder / "model.safetensors"
         if not single.exists():
             raise CheckpointError(
                 f"{folder}: neither model.safetensors nor model.safetensors.index.json found; "
                 "convert older .bin weights with transformers' save_pretrained first"
             )
         return {name: (single, info) for name, info in read_header(single)[0].items()}
-    weight_map = _read_json(index_path, "it lists the shards").get("weight_map")
+    weight_map = read_json(index_path, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path}: no weight_map")
+    paths = shards_of(folder, weight_map.values(), index_path, CheckpointError)
     headers = {}
-    for file_name in sorted(set(weight_map.values())):
-        path = folder / file_name
-        # Names only: a hub cache links its files elsewhere, but an index must not.
-        if Path(str(file_name)).name != file_name:
-            raise CheckpointError(f"{index_path}: shard {file_name!r} lies outside the folder")
+    for file_name, path in sorted(paths.items()):
         if not path.exists():
             raise CheckpointError(f"{path}: missing, but the index names it; download the checkpoint again")
         headers[file_name] = read_header(path)[0]
@@ -136,18 +138,3 @@ def locate_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
             raise CheckpointError(f"{folder / file_name}: no tensor {name}, but the index places it there")
         place[name] = (folder / file_name, headers[file_name][name])
     return place
-
-
-def _read_json(path: Path, why: str) -> dict[str, Any]:
-    try:
-        with open_regular(path) as file:
-            content = json.loads(file.read().decode("utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing; {why}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds {type(content).__name__}, needed an object")
-    return content

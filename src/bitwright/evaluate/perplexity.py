@@ -26,6 +26,8 @@ from torch import Tensor
 
 from bitwright.calibration.text import Text
 from bitwright.errors import EvaluationError
+from bitwright.untrusted.boundary import reading
+from bitwright.untrusted.ids import check_ids, embedding_rows
 from bitwright.words import Protocol
 
 Progress = Callable[[int, int], None]
@@ -133,7 +135,9 @@ def forward_logits(model: Model, ids: Tensor, where: str) -> Tensor:
     """Logits [tokens, vocabulary] of one window of ids [tokens], in the model's dtype and on its device."""
     device = getattr(model, "device", None)
     batch = ids[None].to(device) if isinstance(device, torch.device) else ids[None]
-    with torch.no_grad():
+    check_ids(ids, embedding_rows(model), where, EvaluationError)
+    remedy = f"check the model's config.json, or use --length {len(ids) // 2} or less"
+    with torch.no_grad(), reading(f"{where}: running the model", EvaluationError, remedy):
         answer = model(batch)
     logits = getattr(answer, "logits", answer)
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

@@ -6,7 +6,6 @@ guessed, and nothing of an unfinished folder stays.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -45,6 +44,8 @@ from bitwright.formats.native import (
 )
 from bitwright.numeric.activation import InputSite
 from bitwright.numeric.fp8 import KvScales
+from bitwright.untrusted.boundary import reading
+from bitwright.untrusted.json_file import read_json
 
 _BLOCK = re.compile(r"\.(\d+)\.")
 
@@ -76,8 +77,9 @@ def import_folder(path: str | Path, out: str | Path, *, say: Say = silent) -> Ex
     config, quantization = _read_config(path)
     place = locate_tensors(path)
     reader = reader_of(quantization)
-    kv_scales = _take_kv_scales(place, reader)
-    modules = _quantized_modules(place, reader)
+    with reading(path, FormatError):
+        kv_scales = _take_kv_scales(place, reader)
+        modules = _quantized_modules(place, reader)
     _refuse_shared(config, modules)
     say(f"{path}: {len(modules)} matrices of {reader.name}")
     with new_folder(out) as working:
@@ -97,23 +99,13 @@ def import_folder(path: str | Path, out: str | Path, *, say: Say = silent) -> Ex
 
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """`config.json` without its quantization, and what says how the folder is quantized."""
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json", FormatError)
     found = config.pop("quantization_config", None)
     if found is None and (path / "quantize_config.json").exists():
-        found = {"quant_method": "gptq", **_read_json(path / "quantize_config.json")}
+        found = {"quant_method": "gptq", **read_json(path / "quantize_config.json", FormatError)}
     if not isinstance(found, dict):
         raise FormatError(f"{path / 'config.json'}: no quantization_config; the folder is not quantized")
     return config, found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{path}: holds {type(content).__name__}, needed an object")
-    return content
 
 
 def _take_kv_scales(place: dict[str, tuple[Path, TensorInfo]], reader: Reader) -> dict[str, KvScales]:
@@ -201,7 +193,8 @@ def _write_shards(
 def _import_module(module: str, source: _Parts, reader: Reader, done: _Done) -> dict[str, Tensor]:
     """The native tensors of a module by whole name; `done` learns of it."""
     stored = {part: source.read(part) for part in source.infos}
-    q, site = reader.read(module, stored)
+    with reading(module, FormatError):
+        q, site = reader.read(module, stored)
     entry, parts = TensorEntry.of(q), pack(q)
     if not torch.equal(unpack(module, parts, entry).codes, q.codes):
         raise FormatError(f"{module}: packed codes do not unpack to themselves; this is a bug in bitwright")

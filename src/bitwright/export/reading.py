@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +18,8 @@ from bitwright.formats.gptq import Version
 from bitwright.formats.native import QUANT_METHOD
 from bitwright.numeric.activation import ActivationSpec, InputSite, KvSpec
 from bitwright.numeric.qtensor import QTensor
+from bitwright.untrusted.boundary import reading
+from bitwright.untrusted.patterns import compiled
 
 _GPTQ_VERSIONS: dict[str, Version] = {"gptq": 1, "gptq_v2": 2}
 # No float module has these: where codes are missing, the others tell.
@@ -54,6 +55,11 @@ def reader_of(config: Mapping[str, Any]) -> Reader:
     Raises:
         FormatError: a format, version or setting that cannot be imported.
     """
+    with reading("quantization_config", FormatError):
+        return _reader_of(config)
+
+
+def _reader_of(config: Mapping[str, Any]) -> Reader:
     method = config.get("quant_method", config.get("method"))
     if method == ct.QUANT_METHOD:
         return CompressedTensorsReader(config)
@@ -143,6 +149,9 @@ class GptqReader(Reader):
         if not isinstance(dynamic, Mapping):
             raise FormatError(f"quantization_config.dynamic: found {dynamic!r}, needed an object")
         self._dynamic = dict(dynamic)
+        where = "quantization_config.dynamic"
+        expressions = {key: key.removeprefix("-:").removeprefix("+:") for key in self._dynamic}
+        self._patterns = compiled(expressions, where)
         self._bits_and_group(config)
 
     def is_quantized(self, infos: Mapping[str, TensorInfo]) -> bool:
@@ -160,7 +169,7 @@ class GptqReader(Reader):
         """Bits and group size of a module: the first `dynamic` expression that matches its name overrides."""
         config: Mapping[str, Any] = self._config
         for pattern, own in self._dynamic.items():
-            if _matches(pattern, module):
+            if self._patterns[pattern].matches(module):
                 if pattern.startswith("-:") or not isinstance(own, Mapping):
                     raise FormatError(f"quantization_config.dynamic: {pattern!r} says {module} is not quantized; it is")
                 config = {**config, **own}
@@ -173,13 +182,6 @@ class GptqReader(Reader):
         if bits not in gptq.GPTQ_BITS or isinstance(bits, bool):
             raise FormatError(f"quantization_config.bits: found {bits!r}, needed one of {gptq.GPTQ_BITS}")
         return bits, _group_size(config.get("group_size"))
-
-
-def _matches(pattern: str, module: str) -> bool:
-    try:
-        return re.match(pattern.removeprefix("-:").removeprefix("+:"), module) is not None
-    except re.error as error:
-        raise FormatError(f"quantization_config.dynamic: {pattern!r} is no expression ({error})") from None
 
 
 def _group_size(found: Any) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from bitwright.errors import FormatError
 from bitwright.formats.compressed_tensors import INT8, OLDEST_READER, PACKED, QUANT_METHOD, WeightArgs
 from bitwright.numeric.activation import ActivationSpec, KvSpec
 from bitwright.numeric.fp8 import KvScales
+from bitwright.untrusted.patterns import Pattern, compiled
 
 _KNOWN_ARGS = frozenset({"num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "actorder"})
 # They tell how scales were found, or repeat a type that the stored tensors have.
@@ -49,6 +50,8 @@ class Group:
 
     scheme: Scheme
     targets: tuple[str, ...]
+    patterns: Mapping[str, Pattern] = field(default_factory=dict, compare=False)
+    """Those of `targets` that are expressions, by their text."""
 
 
 def activation_refusal(spec: ActivationSpec) -> str | None:
@@ -222,7 +225,9 @@ def _read_group(where: str, group: Any, overall: object) -> Group:
     weights = _read_weights(f"{where}.weights", group.get("weights"), PACKED if name == PACKED else INT8)
     inputs = group.get("input_activations")
     activation = None if inputs is None else _read_inputs(f"{where}.input_activations", inputs)
-    return Group(Scheme(weights, activation), tuple(str(target) for target in group["targets"]))
+    targets = tuple(str(target) for target in group["targets"])
+    expressions = {target: target.removeprefix("re:") for target in targets if target.startswith("re:")}
+    return Group(Scheme(weights, activation), targets, compiled(expressions, f"quantization_config.{where}.targets"))
 
 
 def _read_weights(where: str, args: Any, format_name: str) -> WeightArgs:
@@ -277,7 +282,7 @@ def scheme_of(module: str, groups: Sequence[Group]) -> Scheme:
     for wanted in (module, None):
         for group in groups:
             for target in group.targets:
-                if target == wanted or (wanted is None and _matches(target, module)):
+                if target == wanted or (wanted is None and _matches(group, target, module)):
                     return group.scheme
     by_class = {group.scheme for group in groups if any(target in _CLASSES for target in group.targets)}
     if len(by_class) != 1:
@@ -286,10 +291,5 @@ def scheme_of(module: str, groups: Sequence[Group]) -> Scheme:
     return by_class.pop()
 
 
-def _matches(target: str, module: str) -> bool:
-    if not target.startswith("re:"):
-        return False
-    try:
-        return re.match(target.removeprefix("re:"), module) is not None
-    except re.error as error:
-        raise FormatError(f"quantization_config.config_groups: target {target!r} is no expression ({error})") from None
+def _matches(group: Group, target: str, module: str) -> bool:
+    return target in group.patterns and group.patterns[target].matches(module)

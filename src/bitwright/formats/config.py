@@ -20,6 +20,7 @@ from bitwright.numeric.activation import ActivationSpec, InputSite, KvSpec
 from bitwright.numeric.fp8 import KvScales
 from bitwright.numeric.settings import Settings
 from bitwright.numeric.spec import Bilevel, WeightSpec
+from bitwright.untrusted.boundary import reading
 
 QUANT_METHOD = "bitwright"
 FORMAT_NAME = "bitwright-native"
@@ -252,6 +253,11 @@ def read_tied(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _read(config: Mapping[str, Any]) -> _StoredConfig:
     """`config` checked key by key, what other programs and versions would have written first."""
+    with reading("quantization_config", FormatError):
+        return _checked(config)
+
+
+def _checked(config: Mapping[str, Any]) -> _StoredConfig:
     needed = {"quant_method": QUANT_METHOD, "format": FORMAT_NAME}
     for key, value in needed.items():
         if config.get(key) != value:

@@ -10,6 +10,7 @@ attention implementation set afterwards (`set_attn_implementation`) would leave 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,8 @@ from bitwright.numeric.hadamard import hadamard_blocks
 from bitwright.numeric.measure import not_finite
 from bitwright.runtime.attention import KvQuantization, quantize_kv
 from bitwright.runtime.linear import PackedModule, QuantizedEmbedding, QuantizedLinear, TiedLinear
+from bitwright.untrusted.json_file import read_json
+from bitwright.untrusted.names import shards_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,6 +99,19 @@ class BitwrightQuantizer(HfQuantizer):
         self._found: set[str] = set()
         self._kv_cache: KvQuantization | None = None
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """`config` as it is; called by transformers before it opens any file of weights.
+
+        Raises:
+            FormatError: the index names files that are no safetensors of the folder.
+        """
+        index = Path(str(getattr(config, "name_or_path", ""))) / "model.safetensors.index.json"
+        if index.is_file():
+            weight_map = read_json(index, FormatError).get("weight_map")
+            names = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
+            shards_of(index.parent, names, index, FormatError)
+        return config
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
         _refuse_tied_weights(model, {*config.entries, *config.tied})
@@ -108,6 +124,7 @@ class BitwrightQuantizer(HfQuantizer):
         for head, embedding in config.tied.items():
             model.set_submodule(head, _tied_head(head, _find(model, head), _find(model, embedding)))
         files = kwargs.get("checkpoint_files") or []
+        _refuse_pickles(files)
         _refuse_unknown_parts(files, config.entries)
         self._check_headers(files, model.base_model_prefix)
         return model
@@ -215,6 +232,12 @@ def _find(model: PreTrainedModel, name: str) -> nn.Module:
             f"quantization_config.tensors.{name}: {type(model).__name__} has no such module; "
             "load with the class in config.json's architectures, such as AutoModelForCausalLM"
         ) from None
+
+
+def _refuse_pickles(files: list[str]) -> None:
+    """Refuse files of weights that are no safetensors, which transformers would unpickle."""
+    for path in map(Path, files):
+        shards_of(path.parent, [path.name], f"the index in {path.parent}", FormatError)
 
 
 def _refuse_unknown_parts(files: list[str], entries: dict[str, TensorEntry]) -> None:
