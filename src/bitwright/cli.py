@@ -45,6 +45,10 @@ TextOption = Annotated[
 BitsOption = Annotated[
     float | None, typer.Option("--bits-per-weight", help="Keep as many outliers as so many bits leave room for.")
 ]
+AcceptOption = Annotated[
+    bool,
+    typer.Option("--accept-other-machine", help="Continue a run of other threads, processor or libraries."),
+]
 WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Threads; default: all processors.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 
@@ -107,6 +111,7 @@ def quantize(
     bits_per_weight: BitsOption = None,
     workers: WorkersOption = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run in this folder.")] = False,
+    accept_other_machine: AcceptOption = False,
     max_fallbacks: Annotated[
         float, typer.Option(min=0, max=1, help="Share of calibrated tensors that may be rounded to nearest instead.")
     ] = 0.0,
@@ -141,6 +146,7 @@ def quantize(
         options = bitwright.RunOptions(
             workers=workers,
             restart=restart,
+            accept_other_machine=accept_other_machine,
             max_fallbacks=max_fallbacks,
             announce=lambda plan, needs: show.show_expectation(plan, needs, bar.console),
             progress=lambda what, done, total: bar.update(bar.task_ids[0], completed=done, total=total, what=what),

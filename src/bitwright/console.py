@@ -115,10 +115,11 @@ def show_expectation(plan: Plan, needs: Estimate, on: Console) -> None:
         f"{duration(needs.seconds)}, peak memory {size(needs.peak_rss_bytes)}, disk {size(needs.disk_bytes)}.",
         highlight=False,
     )
-    if plan.inputs is None:
+    if needs.numeric_class is None:
         return
     from bitwright.rounding import columns
 
+    on.print(f"Calibrated: equal to the last byte wherever {needs.numeric_class} add up.", highlight=False)
     if columns.backend() == "reference":
         on.print(f"[yellow]Error feedback runs in the slow PyTorch reference: {columns.backend_reason()}.[/]")
 

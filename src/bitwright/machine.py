@@ -12,6 +12,7 @@ import torch
 from bitwright.errors import PlanError
 from bitwright.execute.local import default_workers, torch_threads
 from bitwright.execute.memory import available_memory_bytes, current_rss_bytes
+from bitwright.execute.numeric_class import numeric_class
 from bitwright.journey import process_row
 from bitwright.plan import Plan
 from bitwright.rounding.nearest import CHUNK_WEIGHTS
@@ -33,6 +34,8 @@ class Estimate:
     peak_rss_bytes: int
     disk_bytes: int
     workers: int
+    numeric_class: str | None = None
+    """In which a calibrated job would be computed; None for one without data, which comes out equal everywhere."""
 
 
 def estimate(plan: Plan, workers: int | None = None) -> Estimate:
@@ -60,7 +63,7 @@ def estimate(plan: Plan, workers: int | None = None) -> Estimate:
     if plan.inputs is not None:
         seconds += _calibration_operations(plan) / operations_per_second(workers)
         peak += _calibration_bytes(plan)
-    return Estimate(seconds, peak, plan.bytes, workers)
+    return Estimate(seconds, peak, plan.bytes, workers, None if plan.inputs is None else numeric_class(workers))
 
 
 def _calibration_operations(plan: Plan) -> float:

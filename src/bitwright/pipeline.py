@@ -26,7 +26,7 @@ from torch import Tensor
 from bitwright import __about__
 from bitwright.calibration.sample import sample_from_model
 from bitwright.calibration.tokens import TokenWindows, calibration_windows
-from bitwright.checkpoint.journal import Journal
+from bitwright.checkpoint.journal import CLASS, Journal
 from bitwright.checkpoint.load import load_model, load_tokenizer
 from bitwright.checkpoint.open import check_unchanged, find_source
 from bitwright.checkpoint.settle import settled
@@ -115,12 +115,14 @@ def bits_per_weight(records: Sequence[Mapping[str, Any]]) -> float:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How to run a job; nothing here changes a byte of its result."""
+    """How to run a job. Of a data-free one nothing here changes a byte; see `workers` for calibrated ones."""
 
     workers: int | None = None
-    """Processors to compute on; None: all."""
+    """Processors to compute on; None: all. With other numbers calibrated results may differ in their last digits."""
     restart: bool = False
     """Discard an unfinished run instead of continuing it."""
+    accept_other_machine: bool = False
+    """Continue a calibrated run that was begun in another numeric class, as its manifest will tell."""
     announce: Callable[[Plan, Estimate], None] | None = None
     """Called once, with the plan and what it is expected to need, before any work."""
     progress: WeightProgress | None = None
@@ -171,11 +173,14 @@ def quantize(
     check_machine(needs, out)
     if options.announce is not None:
         options.announce(plan, needs)
-    threads = own_threads if windows is None else torch_threads
-    with threads(workers), Journal(out, job, options.restart, partial(_check_shard, plan)) as journal:
+    threads = own_threads
+    if needs.numeric_class is not None:
+        threads, job[CLASS] = torch_threads, [needs.numeric_class]
+    check = partial(_check_shard, plan)
+    with threads(workers), Journal(out, job, options.restart, check, options.accept_other_machine) as journal:
         resumed, report = len(journal.done), _Report(plan, journal, options)
         phases = _quantize_units(source, plan, journal, windows, report)
-        records, notes = finish(source, plan, journal, job, windows)
+        records, notes = finish(source, plan, journal, journal.job, windows)
         check_unchanged(found, identity)
         report.say("checking what was written")
         check_written(journal)

@@ -1,9 +1,9 @@
 """The journal: which shards of a job are done, so that a killed run continues where it was.
 
 While a job runs, everything lies in `OUT.partial/` (see `place`): the finished shards in `OUT.partial/output/` and an
-append-only `journal.jsonl` beside them. The first line is the job's identity; every further line is one
-finished shard with its SHA-256 and the records that the manifest needs. A shard is written, synced and
-renamed before its line is appended and synced, so a line always names a complete file; a shard without a line
+append-only `journal.jsonl` beside them. The first line is the job's identity, noted anew when another
+numeric class continues it; every other line is one finished shard with its SHA-256 and the records that the manifest
+needs. A shard is written, synced and renamed before its line is appended and synced, so a line always names a complete file; a shard without a line
 is written again. When all is done, `output/` is renamed to `OUT`: the folder appears complete or not at all.
 A job that ends without a finished shard leaves nothing, and one that was killed so is replaced by any other.
 """
@@ -17,13 +17,15 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from bitwright.checkpoint.place import Place, left_over, not_ours, open_own, remove_entry
 from bitwright.checkpoint.shard import file_sha256
 from bitwright.errors import BitwrightError, ResumeError
 
 SUFFIX = ".partial"
+CLASS = "numeric_class"
+"""Key of a calibrated job: the numeric classes in which it was computed, in order."""
 _JOURNAL = "journal.jsonl"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -39,14 +41,18 @@ def _trust(path: Path, records: Records) -> None:
 class Journal:
     """An open job folder; use as a context manager."""
 
-    def __init__(self, out: Path, job: dict[str, Any], restart: bool = False, check: Check = _trust):
+    def __init__(
+        self, out: Path, job: dict[str, Any], restart: bool = False, check: Check = _trust, accept_class: bool = False
+    ):
         """Open or continue the job that makes `out`.
 
         Args:
             out: folder to be made.
-            job: its identity; an unfinished run of another one is not continued.
+            job: its identity; an unfinished run of another one is not continued. `CLASS`, where it has one, is here
+                a list of the present class alone.
             restart: discard what an unfinished run has finished.
             check: asked about every finished shard before it is counted as done.
+            accept_class: continue what another numeric class has begun; `self.job` then lists all of them.
 
         Raises:
             ResumeError: the folder is not ours or belongs to another job, another process works on it, or its journal
@@ -56,14 +62,15 @@ class Journal:
         self.place = Place(out, SUFFIX)
         self.folder, self.output = self.place.folder, self.place.output
         self._path = self.folder / _JOURNAL
-        self._job, self._check = job, check
+        self.job, self._check, self._accept_class = job, check, accept_class
+        self._noted: dict[str, Any] | None = None
         try:
             if restart:
                 self.place.clear()
             self.done: dict[str, dict[str, Any]] = self._read()
             self._file = os.fdopen(self._open(os.O_WRONLY | os.O_APPEND | os.O_CREAT), "w", encoding="utf-8")
-            if self._path.stat().st_size == 0:
-                self._append({"job": job})
+            if self._noted != self.job:
+                self._append({"job": self.job})
         except BaseException:
             self.place.close()
             raise
@@ -74,20 +81,37 @@ class Journal:
     def _read(self) -> dict[str, dict[str, Any]]:
         """Finished shards by file name whose files are intact; drops a torn last line, and a job without a shard."""
         lines = self._lines()
-        if lines:
-            known = lines[0].get("job")
-            if not isinstance(known, dict):
-                raise self._damaged(1)
-            if known != self._job:
-                if len(lines) > 1:
-                    _refuse_other_job(self.folder, known, self._job)
-                self.place.clear()
+        if lines and "job" not in lines[0]:
+            raise self._damaged(1)
+        entries = []
+        for number, line in enumerate(lines, start=1):
+            if line.keys() != {"job"}:
+                entries.append(self._entry(number, line))
+            elif _is_job(line["job"]):
+                self._noted = line["job"]
+            else:
+                raise self._damaged(number)
+        if self._noted is not None:
+            self._continue(self._noted, bool(entries))
         if not os.path.lexists(self.output):
             self.output.mkdir()
         elif not stat.S_ISDIR(self.output.lstat().st_mode):
             raise not_ours(self.output, "it is not a folder of its own but a link or a file")
-        entries = [self._entry(number, line) for number, line in enumerate(lines[1:], start=2)]
         return {entry["shard"]: entry for entry in entries if self._intact(entry)}
+
+    def _continue(self, begun: dict[str, Any], some_finished: bool) -> None:
+        """Take up the job that was begun, in its numeric class or, where that is accepted, in another."""
+        if not some_finished and begun != self.job:
+            self.place.clear()
+            self._noted = None
+            return
+        if _without_class(begun) != _without_class(self.job):
+            _refuse_other_job(self.folder, _without_class(begun), _without_class(self.job))
+        before, here = begun.get(CLASS, []), self.job.get(CLASS, [])
+        if before[-1:] != here and not self._accept_class:
+            _refuse_other_class(self.folder, before, here)
+        classes = before if before[-1:] == here else before + here
+        self.job = self.job | ({CLASS: classes} if classes else {})
 
     def _lines(self) -> list[dict[str, Any]]:
         """The journal's lines; a torn last one is cut off."""
@@ -230,6 +254,28 @@ def _of_job(place: Place, job: dict[str, Any]) -> bool:
     except (ValueError, AttributeError, RecursionError):
         return False
     return isinstance(known, dict) and all(known.get(key) == job[key] for key in job if key != "source_files")
+
+
+def _is_job(job: Any) -> bool:
+    classes = job.get(CLASS, []) if isinstance(job, dict) else None
+    return isinstance(classes, list) and all(isinstance(one, str) for one in classes)
+
+
+def _without_class(job: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in job.items() if key != CLASS}
+
+
+def _refuse_other_class(folder: Path, before: list[str], here: list[str]) -> NoReturn:
+    begun, now = (classes[-1] if classes else "an unknown class" for classes in (before, here))
+    threads, _, place = begun.partition(" on ")
+    remedy = "Continue it there for the same bytes"
+    if place == now.partition(" on ")[2]:
+        remedy = f"Pass --workers {threads.split()[0]} for the same bytes"
+    raise ResumeError(
+        f"{folder}: the calibrated run that lies here unfinished was computed by {begun}; this is {now}, which "
+        f"adds up in another order, so that the last digits would change on the way. {remedy}, "
+        "--accept-other-machine to continue it here with a note in the manifest, or --restart to discard it"
+    )
 
 
 def _refuse_other_job(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from bitwright.calibration.stream import Stream
 from bitwright.errors import WeightError
 from bitwright.execute.memory import available_memory_bytes
 from bitwright.learning.parameters import Learnables
+from bitwright.numeric.measure import exact_sum
 from bitwright.numeric.settings import Settings
 
 Report = Callable[[str], None]
@@ -177,7 +178,7 @@ class _Session:
         self.runner, self.task, self.learnables = runner, task, learnables
         with torch.no_grad():
             self.unit = sum(
-                float((self._weights(number) * target.double().square()).sum())
+                exact_sum(self._weights(number) * target.double().square())
                 for number, target in enumerate(task.targets)
             )
         self.unit = self.unit or 1.0
@@ -258,7 +259,8 @@ class _Step(nn.Module):
         kind = inputs.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu"):
             output = self._runner.run(self._index, self.block, inputs).float()
-        loss = sum(((output - target).square() * weights).sum() for target in targets)
+        # Row by row first: a sum of everything at once is cut into as many parts as there are threads.
+        loss = sum(((output - target).square() * weights).sum(dim=-1).sum() for target in targets)
         assert isinstance(loss, Tensor)
         if scale is not None:
             (loss * scale).backward()  # type: ignore[no-untyped-call]

@@ -19,6 +19,15 @@ def not_finite(tensor: Tensor) -> int:
     return sum(int((~torch.isfinite(flat[start : start + _PIECE])).sum().item()) for start in starts)
 
 
+def exact_sum(values: Tensor) -> float:
+    """Sum of float64 `values` [..., columns]: within rows in PyTorch's order, over rows exact.
+
+    The same to the last bit whatever the number of threads: PyTorch splits rows among them, but cuts a sum of
+    everything into as many parts as there are threads.
+    """
+    return math.fsum(values.sum(dim=-1).reshape(-1).tolist())
+
+
 def squared_error(target: Tensor, result: Tensor) -> tuple[float, float]:
     """(sum of squared errors, sum of squared targets) of two tensors of one shape [..., columns].
 

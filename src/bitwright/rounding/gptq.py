@@ -26,6 +26,7 @@ from torch import Tensor
 
 from bitwright.execute.stopwatch import Stopwatch
 from bitwright.numeric.grid import Grid
+from bitwright.numeric.measure import exact_sum
 from bitwright.numeric.outliers import NoOutliers, NSigma, Outliers, outlier_threshold
 from bitwright.numeric.qtensor import QTensor
 from bitwright.numeric.settings import Settings
@@ -101,7 +102,7 @@ def quantize_gptq(
         value_bits = policy.value_bits if isinstance(policy, Obs) else 16
         outliers = Outliers.gather(mask, target - grid.decode(codes), value_bits)
     # Without outliers, the damped objective tr(D H D^T) for the change of weights D (GPTQ, and our test 2).
-    loss = float(error.double().square_().sum())
+    loss = exact_sum(error.double().square_())
     q = QTensor(codes, grid, outliers)
     if settings.sweeps:
         with job.watch.phase("coordinate descent"):
@@ -229,7 +230,7 @@ class _Job:
     def objective(self, q: QTensor, hessian: Tensor) -> float:
         """tr(D H D^T) for the damped Hessian and the change D of weights that `q` makes."""
         left = (self.weight - q.dequantize()).double()
-        return float((left @ self.damped(hessian).double() * left).sum())
+        return exact_sum(left @ self.damped(hessian).double() * left)
 
     def refined(self, q: QTensor, hessian: Tensor, frozen: Tensor) -> QTensor:
         """`q` after coordinate descent on its codes, all but the `frozen` ones."""
