@@ -45,10 +45,7 @@ TextOption = Annotated[
 BitsOption = Annotated[
     float | None, typer.Option("--bits-per-weight", help="Keep as many outliers as so many bits leave room for.")
 ]
-AcceptOption = Annotated[
-    bool,
-    typer.Option("--accept-other-machine", help="Continue a run of other threads, processor or libraries."),
-]
+AcceptOption = Annotated[bool, typer.Option("--accept-other-machine", help="Continue what another machine began.")]
 WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Threads; default: all processors.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 
