@@ -1,11 +1,11 @@
 """The journal: which shards of a job are done, so that a killed run continues where it was.
 
 While a job runs, everything lies in `OUT.partial/` (see `place`): the finished shards in `OUT.partial/output/` and an
-append-only `journal.jsonl` beside them. The first line is the job's identity, noted anew when another
-numeric class continues it; every other line is one finished shard with its SHA-256 and the records that the manifest
-needs. A shard is written, synced and renamed before its line is appended and synced, so a line always names a complete file; a shard without a line
-is written again. When all is done, `output/` is renamed to `OUT`: the folder appears complete or not at all.
-A job that ends without a finished shard leaves nothing, and one that was killed so is replaced by any other.
+append-only `journal.jsonl` beside them. The first line is the job's identity, noted anew when another numeric class
+continues it; every other line is one finished shard with its SHA-256 and the records that the manifest needs. A shard
+is written, synced and renamed before its line is appended and synced, so a line always names a complete file; a shard
+without a line is written again. When all is done, `output/` is renamed to `OUT`: the folder appears complete or not at
+all. A job that ends without a finished shard leaves nothing, and one that was killed so is replaced by any other.
 """
 
 from __future__ import annotations
