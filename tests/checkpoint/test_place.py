@@ -7,6 +7,7 @@ import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -189,9 +190,13 @@ def test_an_export_tidies_after_a_killed_one_and_after_an_error(tmp_path: Path) 
         working.mkdir()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not list((tmp_path / "out").iterdir())
-    with pytest.raises(ValueError, match="why"), appearing(tmp_path / "made" / "other") as working:
+
+    def fail(working: Path) -> None:
         working.write_text("half")
         raise ValueError("why")
+
+    with pytest.raises(ValueError, match="why"), appearing(tmp_path / "made" / "other") as working:
+        fail(working)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     # killed after the result had appeared
     Place(tmp_path / "out", ".exporting").close()
@@ -218,9 +223,13 @@ def test_a_private_folder_is_ours_or_refused(tmp_path: Path, theirs: Path) -> No
 def test_a_new_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text("before")
-    with pytest.raises(ValueError, match="why"), new_file(path) as file:
+
+    def fail(file: IO[bytes]) -> None:
         file.write(b"half")
         raise ValueError("why")
+
+    with pytest.raises(ValueError, match="why"), new_file(path) as file:
+        fail(file)
     assert [one.name for one in tmp_path.iterdir()] == ["report.json"]
     assert path.read_text() == "before"
     with new_file(path) as file:
