@@ -29,6 +29,7 @@ from bitwright.errors import (
     ResumeError,
     WeightError,
 )
+from bitwright.execute.fork import keep_children_alive
 from bitwright.runtime.registration import register_with_transformers
 
 if TYPE_CHECKING:
@@ -116,3 +117,4 @@ class _Package(ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 register_with_transformers()
+keep_children_alive()

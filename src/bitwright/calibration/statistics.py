@@ -2,7 +2,7 @@
 
 Everything is a sum over tokens, so two statistics merge by adding. Products are made in float32 over at most
 2048 tokens and added up in float64: the split into batches moves the result by about 1e-7 of its size, the number
-of threads not at all.
+of threads not at all where the matrix library leaves each entry to one thread (see `STEP`).
 
 Products are never made in TF32 or bfloat16, whatever precision the process has chosen: an error of 1e-3 in a
 Hessian is larger than the damping that makes it invertible.

@@ -23,6 +23,8 @@ from typing import TypeVar
 
 import torch
 
+from bitwright.execute.fork import check_threads, pytorch_is_alone
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -30,7 +32,9 @@ _POOL: ContextVar[ThreadPoolExecutor | None] = ContextVar("_POOL", default=None)
 
 
 def default_workers() -> int:
-    """Processors that this process may use."""
+    """Processors that this process may use; one in a forked child (see `fork`)."""
+    if pytorch_is_alone():
+        return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
@@ -90,7 +94,12 @@ def _compute_alone() -> None:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """PyTorch computes with `count` threads inside the block, and with as many as before after it."""
+    """PyTorch computes with `count` threads inside the block, and with as many as before after it.
+
+    Raises:
+        PlanError: more than one in a forked child.
+    """
+    check_threads(count)
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

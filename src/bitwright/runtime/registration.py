@@ -27,7 +27,10 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("bitwright.runtime.huggingface").register()
+    module = importlib.import_module("bitwright.runtime.huggingface")
+    # Where that module is what asked for the table, it is not complete yet; who imports it calls `register` next.
+    if hasattr(module, "register"):
+        module.register()
 
 
 class _Finder(MetaPathFinder):
