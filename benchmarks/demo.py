@@ -10,11 +10,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from rich.table import Table
-
 import bitwright
-from bitwright.console import console, duration, progress_bar, show_expectation, size
 from bitwright.evaluate import EvalOptions
+from bitwright.terminal.progress import duration, progress, size
+from bitwright.terminal.tables import show_expectation
+from bitwright.terminal.text import Sheet, Styled, say
 
 METHOD, SCHEME = "easyquant", "w4a16g64"
 OUT = Path("demo-out")
@@ -26,28 +26,23 @@ def main() -> None:
     """Run the whole journey."""
     started = time.perf_counter()
     plan = bitwright.plan("demo", METHOD, SCHEME)
-    with progress_bar("quantizing") as bar:
+    with progress("quantizing") as told:
         options = bitwright.RunOptions(
-            announce=lambda plan, needs: show_expectation(plan, needs, bar.console),
-            progress=lambda what, done, total: bar.update(bar.task_ids[0], completed=done, total=total, what=what),
+            announce=lambda plan, needs: show_expectation(plan, needs, stderr=True), progress=told
         )
         summary = bitwright.quantize("demo", OUT, METHOD, SCHEME, options=options)
-    with progress_bar("evaluating") as bar:
+    with progress("evaluating") as told:
         evaluation = bitwright.eval(
-            str(OUT),
-            against="demo",
-            options=OPTIONS,
-            progress=lambda done, total: bar.update(bar.task_ids[0], completed=done, total=total),
+            str(OUT), against="demo", options=OPTIONS, progress=lambda done, total: told("", done, total)
         )
     spoken = bitwright.generate(str(OUT), PROMPT, tokens=12)
 
-    table = Table(title=f"SmolLM2-135M, {METHOD} {SCHEME}, {OPTIONS.windows} windows of {OPTIONS.length} tokens")
-    for heading in ("model", "size", "bits/weight", "perplexity", "mean KL", "p99 KL", "top-1", "seconds"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+    title = f"SmolLM2-135M, {METHOD} {SCHEME}, {OPTIONS.windows} windows of {OPTIONS.length} tokens"
+    sheet = Sheet(title, ("model",), ("size", "bits/weight", "perplexity", "mean KL", "p99 KL", "top-1", "seconds"))
     quantized = sum(row.weights for row in plan.rows() if row.action == "quantize")
     half_precision = 2 * sum(row.weights for row in plan.rows())
-    table.add_row("float, 16 bits", size(half_precision), "16", f"{evaluation.float_perplexity:.3f}", "", "", "", "")
-    table.add_row(
+    sheet.row("float, 16 bits", size(half_precision), "16", f"{evaluation.float_perplexity:.3f}", "", "", "", "")
+    sheet.row(
         "bitwright",
         size(summary.bytes),
         f"{summary.bits_per_weight:.3f}",
@@ -57,14 +52,14 @@ def main() -> None:
         f"{evaluation.top1_agreement:.1%}",
         f"{summary.seconds:.1f}",
     )
-    console.print(table)
-    console.print(
+    sheet.show()
+    say(
         f"Bits per weight count every byte of the {quantized / 1e6:.1f} million quantized weights: codes, scales, "
-        f"zeros, outliers. The embedding stays float16.\nProtocol {evaluation.protocol}",
-        highlight=False,
+        "zeros, outliers. The embedding stays float16."
     )
-    console.print(f"[bold]{PROMPT}[/]{spoken.text}", highlight=False)
-    console.print(f"{duration(time.perf_counter() - started)} in all; the model is in {OUT}/", highlight=False)
+    say(f"Protocol {evaluation.protocol}")
+    say(Styled(PROMPT, "bold"), spoken.text)
+    say(f"{duration(time.perf_counter() - started)} in all; the model is in {OUT}/")
 
 
 if __name__ == "__main__":

@@ -29,13 +29,17 @@ FLOORS = [
     {"pipeline"},
     {"analyze"},
     {"__init__"},
-    {"console"},
+    {"terminal"},
     {"cli"},
     {"__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Operator schemas, the command line's options and the arguments of GPU kernels are lists by nature.
-MANY_PARAMETERS = {SOURCE / "runtime" / "ops.py", SOURCE / "cli.py", *(SOURCE / "runtime" / "triton").glob("*.py")}
+MANY_PARAMETERS = {
+    SOURCE / "runtime" / "ops.py",
+    SOURCE / "cli.py",
+    *(SOURCE / "runtime" / "triton").glob("*.py"),
+}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

@@ -10,16 +10,19 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 import bitwright
-from bitwright import console as show
+import bitwright.terminal.tables as show
 from bitwright.calibration.text import Layout
 from bitwright.errors import BitwrightError, EvaluationError, RecipeError
 from bitwright.recipes.presets import method_names, read_preset
-from bitwright.words import BudgetName, ComputeType, CpuMode, Engine, Protocol, Target
+from bitwright.terminal.choice import one_of
+from bitwright.terminal.progress import progress
+from bitwright.terminal.text import Styled, error_console, say, say_prose
+from bitwright.words import BudgetName, ComputeType, CpuMode, Device, Engine, Protocol, Target
 
 if TYPE_CHECKING:
     from bitwright.analyze.promise import Target as Goal
@@ -30,7 +33,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        show.console.print(f"bitwright {bitwright.__version__}", highlight=False)
+        say(f"bitwright {bitwright.__version__}")
         raise typer.Exit()
 
 
@@ -63,7 +66,7 @@ def root(
 def methods() -> None:
     """List the methods that ship with bitwright."""
     for name in method_names():
-        show.console.print(f"[bold]{name}[/]  {read_preset(name)['summary']}", highlight=False)
+        say(Styled(name, "bold"), f"  {read_preset(name)['summary']}")
 
 
 @app.command()
@@ -77,7 +80,9 @@ def plan(
     bits_per_weight: BitsOption = None,
     workers: WorkersOption = None,
     rows: Annotated[bool, typer.Option("--rows", help="One line per tensor, blocks not folded.")] = False,
-    engine: Annotated[Engine | None, typer.Option("--for", help="Say whether this engine can load the result.")] = None,
+    engine: Annotated[
+        Engine | None, one_of(Engine, "--for", help="Say whether this engine can load the result.")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Show what quantizing would do, without reading any weight."""
@@ -113,7 +118,7 @@ def quantize(
         float, typer.Option(min=0, max=1, help="Share of calibrated tensors that may be rounded to nearest instead.")
     ] = 0.0,
     to: Annotated[
-        Target | None, typer.Option("--format", help="Export as well, to OUT-FORMAT or OUT.gguf; see export.")
+        Target | None, one_of(Target, "--format", help="Export as well, to OUT-FORMAT or OUT.gguf; see export.")
     ] = None,
     target_loss: Annotated[
         str | None, typer.Option(help="Choose bits and method of every layer: at most so much worse, 1% or 0.02nats.")
@@ -139,14 +144,14 @@ def quantize(
         from bitwright.export.targets import export_model, refuse_early
 
         refuse_early(bitwright.plan(model, recipe=wanted), to)
-    with show.progress_bar("quantizing") as bar, show.interruptible(bar):
+    with progress("quantizing") as told, show.interruptible(told):
         options = bitwright.RunOptions(
             workers=workers,
             restart=restart,
             accept_other_machine=accept_other_machine,
             max_fallbacks=max_fallbacks,
-            announce=lambda plan, needs: show.show_expectation(plan, needs, bar.console),
-            progress=lambda what, done, total: bar.update(bar.task_ids[0], completed=done, total=total, what=what),
+            announce=lambda plan, needs: show.show_expectation(plan, needs, stderr=True),
+            progress=told,
         )
         if goal is not None:
             reached = _reach(goal, model, out, options, method=method, base=wanted)
@@ -168,8 +173,8 @@ def evaluate(
     text: Annotated[Path | None, typer.Option(help="Evaluation text; default: built in.")] = None,
     windows: Annotated[int, typer.Option(min=1, help="At most so many windows.")] = 8,
     length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
-    protocol: Annotated[Protocol, typer.Option(help="How windows are cut from the text.")] = "gptq",
-    layout: Annotated[Layout, typer.Option(help="How a text file becomes one text.")] = "auto",
+    protocol: Annotated[Protocol, one_of(Protocol, "--protocol", help="How windows are cut from the text.")] = "gptq",
+    layout: Annotated[Layout, one_of(Layout, "--layout", help="How a text file becomes one text.")] = "auto",
     allow_overlap: Annotated[
         bool, typer.Option("--allow-overlap", help="Evaluate on text that the model was calibrated on.")
     ] = False,
@@ -177,14 +182,14 @@ def evaluate(
 ) -> None:
     """Measure perplexity and, with --against, the distance to the float model."""
     options = bitwright.EvalOptions(windows=windows, length=length, protocol=protocol, allow_overlap=allow_overlap)
-    with show.progress_bar("evaluating") as bar:
+    with progress("evaluating") as told:
         evaluation = bitwright.eval(
             model,
             against=against,
             text=text,
             layout=layout,
             options=options,
-            progress=lambda done, total: bar.update(bar.task_ids[0], completed=done, total=total),
+            progress=lambda done, total: told("", done, total),
         )
     show.show_evaluation(model, evaluation)
     show.write_json(json_file, evaluation.to_json())
@@ -194,7 +199,7 @@ def evaluate(
 def analyze(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the report; an earlier one is replaced.")],
-    budget: Annotated[str, typer.Option(help=f"How much is looked at: {', '.join(get_args(BudgetName))}.")] = "quick",
+    budget: Annotated[BudgetName, one_of(BudgetName, "--budget", help="How much is looked at.")] = "quick",
     sets: Annotated[
         list[str] | None,
         typer.Option("--calibration-set", help="Such as text, task, code, nonsense, random, self, a file. Repeatable."),
@@ -231,15 +236,8 @@ def analyze(
     needs = analysis_needs(model, chosen, sets)
     show.show_needs(needs)
     needs.check()
-    with show.progress_bar("analyzing") as bar:
-        report = analyze_model(
-            model,
-            out,
-            budget=chosen,
-            sets=sets,
-            recipe=wanted,
-            progress=lambda what, done, total: bar.update(bar.task_ids[0], completed=done, total=total, what=what),
-        )
+    with progress("analyzing") as told:
+        report = analyze_model(model, out, budget=chosen, sets=sets, recipe=wanted, progress=told)
     broken = breaches(report, limits)
     show.show_analysis(report, out, broken)
     show.write_json(json_file, report.model_dump(mode="json"))
@@ -260,13 +258,13 @@ def inspect(
     if found.complaints:
         raise typer.Exit(3)
     if verify:
-        show.console.print(f"{len(found.manifest['files'])} files agree with the manifest.")
+        say(f"{len(found.manifest['files'])} files agree with the manifest.")
 
 
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="A folder that quantize made.")],
-    to: Annotated[Target, typer.Option("--to", help="The format.")],
+    to: Annotated[Target, one_of(Target, "--to", help="The format.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder, or .gguf file, to make; must not exist.")],
     allow_lossy: Annotated[
         bool, typer.Option("--allow-lossy", help="Store what the format cannot hold as floats instead of refusing.")
@@ -276,8 +274,8 @@ def export(
     """Write a quantized folder in another engine's format; codes, scales and zeros move as they are."""
     from bitwright.export.targets import export_model
 
-    with show.error_console.status("exporting"):
-        result = export_model(folder, out, to, allow_lossy=allow_lossy)
+    with progress("exporting") as told:
+        result = export_model(folder, out, to, allow_lossy=allow_lossy, progress=told)
     show.show_export(result)
     show.write_json(json_file, result.to_json())
 
@@ -291,8 +289,8 @@ def import_(
     """Read what another tool quantized, code for code; the result runs, evaluates and exports like our own."""
     from bitwright.export.targets import import_model
 
-    with show.error_console.status("importing"):
-        result = import_model(path, out)
+    with progress("importing") as told:
+        result = import_model(path, out, progress=told)
     show.show_export(result)
     show.write_json(json_file, result.to_json())
 
@@ -306,10 +304,9 @@ def generate(
 ) -> None:
     """Continue a prompt, greedily."""
     result = bitwright.generate(model, prompt, tokens=tokens, chat=chat)
-    show.console.print(result.text, highlight=False, markup=False)
+    say_prose(result.text)
     loop = "" if result.fallback is None else f", in transformers' own loop: {result.fallback}"
-    said = f"{result.tokens} tokens in {result.seconds:.1f} s{loop}"
-    show.error_console.print(said, style="dim", highlight=False, markup=False)
+    say(Styled(f"{result.tokens} tokens in {result.seconds:.1f} s{loop}", "dim"), on=error_console)
 
 
 @app.command()
@@ -318,9 +315,11 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after it.")] = 64,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: all processors.")] = None,
-    mode: Annotated[CpuMode, typer.Option(help="Arithmetic of the compiled kernels.")] = "exact",
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cuda: one GPU, and its memory.")] = "cpu",
-    dtype: Annotated[ComputeType | None, typer.Option(help="Of floats on cuda; default: bfloat16.")] = None,
+    mode: Annotated[CpuMode, one_of(CpuMode, "--mode", help="Arithmetic of the compiled kernels.")] = "exact",
+    device: Annotated[Device, one_of(Device, "--device", help="cuda: one GPU, and its memory.")] = "cpu",
+    dtype: Annotated[
+        ComputeType | None, one_of(ComputeType, "--dtype", help="Of floats on cuda; default: bfloat16.")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Measure the speed of decoding and of prefill on this machine."""
@@ -332,7 +331,7 @@ def bench(
         wanted: ComputeType = "bfloat16" if dtype is None else dtype
         measured = bench_cuda(model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, dtype=wanted)
         for label, text in measured.lines():
-            show.console.print(f"{label:36} {text}", highlight=False, markup=False)
+            say(f"{label:36} {text}")
         show.write_json(json_file, measured.to_json())
         return
     if dtype is not None:
@@ -364,7 +363,7 @@ def _end_target(model: str, reached: TargetResult, report: Path | None, json_fil
     show.write_json(json_file, allocation_section(reached).model_dump(mode="json"))
     if report is not None:
         report_on_target(model, reached, report)
-        show.console.print(f"{report / 'report.html'}, report.json, recipe.toml", highlight=False)
+        say(f"{report / 'report.html'}, report.json, recipe.toml")
     raise typer.Exit(0 if reached.met else 4)
 
 
@@ -388,11 +387,12 @@ def main() -> None:
     try:
         app()
     except BitwrightError as error:
-        show.error_console.print(f"[bold red]{type(error).__name__}[/]", highlight=False, end=": ")
-        show.error_console.print(str(error), highlight=False, markup=False)
-        sys.exit(2)
+        _refuse(error)
     except OSError as error:
-        show.error_console.print(f"[bold red]{type(error).__name__}[/]", highlight=False, end=": ")
-        remedy = "; what was finished is kept: mend this and run the same command again"
-        show.error_console.print(f"{error}{remedy}", highlight=False, markup=False)
-        sys.exit(2)
+        _refuse(error, "; what was finished is kept: mend this and run the same command again")
+
+
+def _refuse(error: Exception, remedy: str = "") -> NoReturn:
+    """One message, and status 2."""
+    say(Styled(type(error).__name__, "bold red"), f": {error}{remedy}", on=error_console)
+    sys.exit(2)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.nn.functional import linear
 
+from bitwright.calibration.blocks import BATCH_TOKENS
+from bitwright.calibration.hessians import Evidence
 from bitwright.errors import PlanError
-from bitwright.execute.local import default_workers, torch_threads
+from bitwright.execute.local import default_workers, own_threads, torch_threads
 from bitwright.execute.memory import available_memory_bytes, current_rss_bytes
 from bitwright.execute.numeric_class import numeric_class
 from bitwright.journey import process_row
@@ -20,6 +24,12 @@ from bitwright.rows import Row
 
 # Seconds per byte of reading, hashing and syncing, on a plain disk of 1 GB/s: only matters beside fast methods.
 _SECONDS_PER_BYTE = 1e-9
+# Seconds per weight of decoding the blocks of a GGUF file, and of rescaling the demo's besides.
+_SECONDS_PER_GGUF_WEIGHT = 15e-9
+_SECONDS_PER_DEMO_WEIGHT = 35e-9
+# How long the speed of matrix products is measured, and how wide a matrix of a calibrated method is at most.
+_MEASURED_SECONDS = 0.3
+_MEASURED_ROWS, _MEASURED_FEATURES = 256, 2048
 # Float temporaries of a range search for each thread: the chunk, its buffers, its outlier masks.
 _THREAD_BYTES = 16 * 4 * CHUNK_WEIGHTS
 # What attention, norms and narrow matrices add to the operations of a block's linears, in time.
@@ -41,33 +51,76 @@ class Estimate:
 def estimate(plan: Plan, workers: int | None = None) -> Estimate:
     """Needs of `plan` on this machine.
 
-    Time comes from quantizing a small random tile with each distinct method and spec, right now, so it
-    follows the processor and its load; that of calibrated methods from the speed of a matrix product. Memory is
-    counted from the plan's largest tensors and, with calibration, its largest block.
+    Time comes from quantizing a small random tile with each distinct method and spec and, with calibration, from
+    products of the size of the largest linear, right now and on as many threads as the job will have: so it follows
+    the processor and its load. Memory is counted from the plan's largest tensors and, with calibration, its largest
+    block.
     """
     workers = workers or default_workers()
-    speed: dict[str, float] = {}
-    seconds = 0.0
+    seconds = _reading_seconds(plan) / min(workers, default_workers())
+    measured: dict[str, _Cost] = {}
     for row in plan.rows():
-        seconds += row.source_bytes * _SECONDS_PER_BYTE
-        if row.action == "quantize" and row.spec is not None and row.method is not None and not row.calibrated:
-            key = f"{row.spec} {row.method}"
-            if key not in speed:
-                speed[key] = _seconds_per_weight(row)
-            seconds += row.weights * speed[key] / min(workers, default_workers())
+        if row.action == "quantize" and len(row.shape) == 2:
+            key = f"{row.spec} {row.method} {row.shape[1] if row.needs_hessian else None}"
+            if key not in measured:
+                measured[key] = _cost(row, workers, plan.inputs is not None)
+            seconds += measured[key].seconds(row)
     # One tensor in work, two read ahead, one unit of results on its way to disk.
     working = max((_working_bytes(row) for row in plan.rows()), default=0)
     waiting = sum(sorted((row.source_bytes for row in plan.rows()), reverse=True)[:2])
     finished = max((sum(row.bytes for row in unit.rows) for unit in plan.units), default=0)
     peak = current_rss_bytes() + working + waiting + finished + workers * _THREAD_BYTES
     if plan.inputs is not None:
-        seconds += _calibration_operations(plan) / operations_per_second(workers)
+        seconds += _calibration_operations(plan) / operations_per_second(workers, _largest_product(plan))
         peak += _calibration_bytes(plan)
     return Estimate(seconds, peak, plan.bytes, workers, None if plan.inputs is None else numeric_class(workers))
 
 
+def _reading_seconds(plan: Plan) -> float:
+    """Of one thread: to read, decode and hash the source, and to write the result."""
+    weights = sum(row.weights for row in plan.rows())
+    decoding = _SECONDS_PER_GGUF_WEIGHT if plan.source.endswith(".gguf") else 0.0
+    decoding = _SECONDS_PER_DEMO_WEIGHT if plan.source == "demo" else decoding
+    return plan.source_bytes * _SECONDS_PER_BYTE + weights * decoding
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """Seconds that a measured tile took: `factor` of them for its inputs alone, the others for each of its rows."""
+
+    factor: float
+    per_weight: float
+    features: int
+
+    def seconds(self, row: Row) -> float:
+        """Those of a whole row of the plan: a factor costs the cube of the inputs, error feedback the square."""
+        wider = row.shape[1] / self.features if row.needs_hessian else 1.0
+        return self.factor * wider**3 + self.per_weight * max(wider, 1.0) * row.weights
+
+
+def _cost(row: Row, workers: int, calibrated: bool) -> _Cost:
+    """What the journey of a small random tensor with the method and spec of `row` costs, in `workers` threads."""
+    assert row.method is not None
+    features, rows = row.shape[1], max(1, workers * CHUNK_WEIGHTS // row.shape[1])
+    evidence = None
+    random = torch.Generator().manual_seed(0)
+    if row.needs_hessian:
+        features, rows = min(features, _MEASURED_FEATURES), _MEASURED_ROWS
+        inputs = torch.randn(2 * features, features, generator=random)
+        evidence = Evidence(inputs.T @ inputs / len(inputs), len(inputs))
+    tile = torch.randn(min(rows, row.shape[0]), features, generator=random) * 0.02
+    row = replace(row, shape=tuple(tile.shape))
+    with torch_threads(workers) if calibrated else own_threads(workers):
+        for _ in range(2):  # the first run also warms up the allocator
+            started = time.perf_counter()
+            outcome = process_row(row, tile, {}, evidence)
+            seconds = time.perf_counter() - started
+    factor = outcome.seconds.get("factorization", 0.0)
+    return _Cost(factor, (seconds - factor) / tile.numel(), features)
+
+
 def _calibration_operations(plan: Plan) -> float:
-    """Floating-point operations of forward and backward passes, Hessians, factors and columns."""
+    """Floating-point operations of forward and backward passes and of Hessians."""
     assert plan.inputs is not None
     tokens = plan.recipe.calibration.windows * plan.recipe.calibration.window_tokens
     passes = _passes(plan)
@@ -77,12 +130,13 @@ def _calibration_operations(plan: Plan) -> float:
         for row in unit.rows:
             if unit.block is not None and len(row.shape) == 2:
                 total += 2.0 * passes * tokens * row.weights
-            if row.calibrated and unit.block is not None:
-                out_features, in_features = row.shape
-                if row.module.removeprefix(plan.adapter.block_prefix(unit.block)) in leaders:
-                    # panels of half a symmetric product; cross moments are not symmetric
-                    total += (1.2 + (2.0 if plan.inputs.correction else 0.0)) * tokens * in_features**2
-                total += 2.0 * in_features**3 + 2.0 * out_features * in_features**2
+            leads = unit.block is not None and row.module.removeprefix(plan.adapter.block_prefix(unit.block)) in leaders
+            if row.needs_hessian and leads:
+                # panels of half a symmetric product; cross moments are not symmetric
+                total += (1.2 + (2.0 if plan.inputs.correction else 0.0)) * tokens * row.shape[1] ** 2
+    if plan.inputs.weighting == "gradient":
+        head = max(row.weights for row in plan.rows() if len(row.shape) == 2)
+        total += 2.0 * 3.0 * tokens * head / BLOCK_OVERHEAD
     return BLOCK_OVERHEAD * total
 
 
@@ -110,15 +164,24 @@ def _calibration_bytes(plan: Plan) -> int:
     return 2 * block + max(head, 4 * 12 * tokens * widest + 5 * 8 * widest**2)
 
 
-def operations_per_second(workers: int) -> float:
-    """Of a float32 matrix product, right now."""
-    matrix = torch.ones(768, 768)
+def _largest_product(plan: Plan) -> tuple[int, int, int]:
+    """Tokens of a batch, outputs and inputs of the largest linear."""
+    tokens = min(BATCH_TOKENS, plan.recipe.calibration.windows * plan.recipe.calibration.window_tokens)
+    out_features, in_features = max((row.shape for row in plan.rows() if row.calibrated), key=math.prod)
+    return tokens, out_features, in_features
+
+
+def operations_per_second(workers: int, sizes: tuple[int, int, int] = (768, 768, 768)) -> float:
+    """Of a float32 product of `sizes`, at most 4096 each, right now."""
+    tokens, out_features, in_features = (min(size, 4096) for size in sizes)
+    inputs, weight = torch.ones(tokens, in_features), torch.ones(out_features, in_features)
     with torch_threads(workers):
-        _ = matrix @ matrix
-        started = time.perf_counter()
-        for _ in range(4):
-            _ = matrix @ matrix
-        return 4 * 2 * 768**3 / (time.perf_counter() - started)
+        _ = linear(inputs, weight)
+        started, products = time.perf_counter(), 0
+        while (seconds := time.perf_counter() - started) < _MEASURED_SECONDS or not products:
+            _ = linear(inputs, weight)
+            products += 1
+        return products * 2 * tokens * out_features * in_features / seconds
 
 
 def _working_bytes(row: Row) -> int:
@@ -126,17 +189,6 @@ def _working_bytes(row: Row) -> int:
     if row.action == "quantize":
         return row.source_bytes + 2 * row.weights + row.bytes
     return row.source_bytes if row.stored_dtype == row.source_dtype else row.source_bytes + row.bytes
-
-
-def _seconds_per_weight(row: Row) -> float:
-    """Of one thread, for the whole journey of a small random tensor."""
-    shape = (max(1, CHUNK_WEIGHTS // row.shape[1]), row.shape[1])
-    tile = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
-    with torch_threads(1):
-        for _ in range(2):  # the first run also warms up the allocator
-            started = time.perf_counter()
-            process_row(replace(row, shape=shape), tile, {})
-        return (time.perf_counter() - started) / tile.numel()
 
 
 def check_machine(needs: Estimate, out: Path) -> None:

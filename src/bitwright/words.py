@@ -8,6 +8,8 @@ CpuMode = Literal["exact", "fast"]
 """Arithmetic of the compiled kernels: inputs as they are, or rounded to 8 bits."""
 ComputeType = Literal["bfloat16", "float16"]
 """Of floats on a GPU."""
+Device = Literal["cpu", "cuda"]
+"""Where a model is timed."""
 Protocol = Literal["gptq", "gptq+bos"]
 """How windows are cut from an evaluation text."""
 Target = Literal["compressed-tensors", "gguf", "gptq", "awq", "hf"]

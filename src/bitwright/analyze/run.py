@@ -31,13 +31,12 @@ from bitwright.analyze.sensitivity import Probes, Run, measure_sensitivity
 from bitwright.analyze.sets import CalibrationSet, SetMaker, SetSpec, parse_set
 from bitwright.analyze.summary import Summary
 from bitwright.analyze.target import TargetResult
-from bitwright.checkpoint.finite import check_source
 from bitwright.checkpoint.open import open_source
 from bitwright.checkpoint.source import Source
 from bitwright.errors import PlanError
 from bitwright.execute.memory import available_memory_bytes, peak_rss_bytes
 from bitwright.models import Adapter, adapter_for, block_count
-from bitwright.numeric.settings import Settings, nearest_name
+from bitwright.numeric.settings import Settings, known_name, nearest_name
 from bitwright.recipe import Recipe
 
 Progress = Callable[[str, int, int], None]
@@ -201,7 +200,6 @@ def observe_model(
     """The part of `analyze` before the advice: draws, statistics, and a report that holds them; errors as there."""
     started = time.perf_counter()
     source = open_source(model)
-    check_source(source)
     adapter = adapter_for(source.config)
     maker = SetMaker(source, budget.windows, budget.window_tokens, out / "samples")
     specs, notes = _specs(budget, sets, maker)
@@ -266,9 +264,10 @@ def _recipe(analysis: Analysis) -> str:
 
 def named_budget(name: str) -> Budget:
     """One of `BUDGETS`; PlanError where there is none of that name."""
-    if name not in BUDGETS:
-        raise PlanError(f"budget {name!r} is unknown{nearest_name(name, list(BUDGETS))}")
-    return BUDGETS[name]
+    found = known_name(name, BUDGETS)
+    if found is None:
+        raise PlanError(f"budget {name!r} is unknown{nearest_name(name, BUDGETS)}")
+    return BUDGETS[found]
 
 
 def _specs(budget: Budget, sets: Sequence[str] | None, maker: SetMaker) -> tuple[list[SetSpec], list[str]]:

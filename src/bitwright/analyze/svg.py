@@ -14,6 +14,8 @@ from typing import Literal
 
 from markupsafe import Markup, escape
 
+from bitwright.execute.shown import visible
+
 SERIES = 8
 """Series with a colour of their own; more begin again."""
 ScaleKind = Literal["linear", "log", "symlog"]
@@ -290,7 +292,7 @@ def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> Markup:
 
 def _slanted(x: float, y: float, text: str) -> Markup:
     turn = f"translate({_px(x)} {_px(y)}) rotate(-45)"
-    return Markup('<text transform="{}">{}</text>').format(turn, escape(text))
+    return Markup('<text transform="{}">{}</text>').format(turn, escape(visible(text)))
 
 
 def _px(value: float) -> str:

@@ -18,9 +18,11 @@ from bitwright.export.folder import (
     ExportResult,
     ExportRow,
     NativeFolder,
+    Progress,
     Say,
     refuse,
     silent,
+    unseen,
     write_export,
 )
 from bitwright.formats.compressed_tensors import (
@@ -47,7 +49,13 @@ KV_CACHE = "the KV cache"
 
 
 def export_compressed_tensors(
-    folder: str | Path, out: str | Path, *, allow_lossy: bool = False, odd_bits: bool = False, say: Say = silent
+    folder: str | Path,
+    out: str | Path,
+    *,
+    allow_lossy: bool = False,
+    odd_bits: bool = False,
+    say: Say = silent,
+    progress: Progress = unseen,
 ) -> ExportResult:
     """Write the native `folder` as a compressed-tensors folder `out`.
 
@@ -58,6 +66,7 @@ def export_compressed_tensors(
             the KV cache in float.
         odd_bits: admit 3, 5, 6 and 7 bits, which versions of the library before 0.18 misread without an error.
         say: is told of every tensor that is not exact, and of every note.
+        progress: is told of every tensor.
 
     Raises:
         FormatError: before anything is written, `folder` is damaged, or holds what the format cannot, and
@@ -82,7 +91,7 @@ def export_compressed_tensors(
     kv_cache = None if KV_CACHE in problems else native.sites.kv_cache
     config = _config(native, quantization_config(modules, _floats(native, modules), kv_cache))
     conversion = Conversion(QUANT_METHOD, convert, config, added=kv_tensors(native.sites.kv_scales))
-    return write_export(native, Path(out), conversion, _notes(native, modules, problems), say)
+    return write_export(native, Path(out), conversion, _notes(native, modules, problems), say, progress)
 
 
 def _problems(native: NativeFolder, odd_bits: bool) -> dict[str, str]:

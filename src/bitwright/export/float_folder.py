@@ -14,8 +14,10 @@ from bitwright.export.folder import (
     ExportResult,
     ExportRow,
     NativeFolder,
+    Progress,
     Say,
     silent,
+    unseen,
     write_export,
 )
 from bitwright.formats.native import packed_bytes
@@ -56,7 +58,12 @@ def float_row(native: NativeFolder, module: str, dtype: torch.dtype, note: str) 
 
 
 def export_float(
-    folder: str | Path, out: str | Path, *, dtype: FloatType = "bfloat16", say: Say = silent
+    folder: str | Path,
+    out: str | Path,
+    *,
+    dtype: FloatType = "bfloat16",
+    say: Say = silent,
+    progress: Progress = unseen,
 ) -> ExportResult:
     """Write the native `folder` as an ordinary float folder `out`.
 
@@ -68,6 +75,7 @@ def export_float(
         out: must not exist.
         dtype: of every float tensor.
         say: is told every note.
+        progress: is told of every tensor.
 
     Raises:
         FormatError: `folder` is damaged, or a value does not fit `dtype`; nothing is left of `out`.
@@ -92,7 +100,7 @@ def export_float(
     config = {key: value for key, value in native.config.items() if key != "torch_dtype"} | {"dtype": dtype}
     if native.tied:
         config["tie_word_embeddings"] = True
-    return write_export(native, Path(out), Conversion("hf", convert, config, keep), _notes(native), say)
+    return write_export(native, Path(out), Conversion("hf", convert, config, keep), _notes(native), say, progress)
 
 
 def _notes(native: NativeFolder) -> tuple[str, ...]:

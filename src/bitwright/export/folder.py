@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from bitwright.checkpoint.finite import check_finite
-from bitwright.checkpoint.native_folder import INDEX, check_sums, read_native
+from bitwright.checkpoint.native_folder import INDEX, check_finite, check_sums, read_native
 from bitwright.checkpoint.open import model_name
 from bitwright.checkpoint.place import appearing
 from bitwright.checkpoint.shard import TensorInfo, read_tensor, write_shard, write_text
@@ -39,8 +38,16 @@ from bitwright.numeric.qtensor import QTensor
 Say = Callable[[str], None]
 
 
+Progress = Callable[[str, int, int], None]
+"""Told what was just done, how much of all is done, and all."""
+
+
 def silent(line: str) -> None:
     """Say nothing."""
+
+
+def unseen(what: str, done: int, total: int) -> None:
+    """Show no progress."""
 
 
 @dataclass(frozen=True)
@@ -305,12 +312,18 @@ class Conversion:
 
 
 def write_export(
-    native: NativeFolder, out: Path, conversion: Conversion, notes: tuple[str, ...], say: Say
+    native: NativeFolder,
+    out: Path,
+    conversion: Conversion,
+    notes: tuple[str, ...],
+    say: Say,
+    progress: Progress = unseen,
 ) -> ExportResult:
-    """Write `out` shard by shard; lossy rows and `notes` are said as well as returned."""
+    """Write `out` shard by shard; lossy rows and `notes` are said as well as returned; `progress` counts tensors."""
     rows = [
         ExportRow(name, "exact", 0, tensor.numel() * tensor.dtype.itemsize) for name, tensor in conversion.added.items()
     ]
+    total = len(native.entries) + len(native.kept)
     with new_folder(out) as working:
         writer = FolderWriter(working)
         for number, (shard, modules, kept) in enumerate(native.shards()):
@@ -321,11 +334,13 @@ def write_export(
                 rows.append(row)
                 if row.note:
                     say(row.line())
+                progress(module, len(rows) - len(conversion.added), total)
             for name in kept:
                 stored = conversion.keep(name, native.read(name))
                 nbytes = stored.numel() * stored.dtype.itemsize
                 tensors[name] = stored
                 rows.append(ExportRow(name, "kept", native.place[name][1].bytes, nbytes))
+                progress(name, len(rows) - len(conversion.added), total)
             writer.shard(shard, tensors)
         notes += tuple(copy_side_files(native.folder, working))
         for name, content in conversion.files.items():

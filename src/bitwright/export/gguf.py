@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -26,7 +26,7 @@ from bitwright.checkpoint.gguf_file import PLAIN, read_gguf_header
 from bitwright.checkpoint.manifest import read_manifest
 from bitwright.checkpoint.place import appearing, refuse_existing
 from bitwright.errors import FormatError
-from bitwright.export.folder import ExportResult, ExportRow, NativeFolder, Say, silent
+from bitwright.export.folder import ExportResult, ExportRow, NativeFolder, Progress, Say, silent, unseen
 from bitwright.export.gguf_model import GgufModel, gguf_model, rope_pairs
 from bitwright.export.gguf_tokenizer import read_tokenizer
 from bitwright.formats.gguf import TYPES, check_values, dequantized, encode, gguf_type, rounded_type, tolerance
@@ -35,7 +35,6 @@ from bitwright.numeric.hadamard import hadamard_blocks
 from bitwright.numeric.measure import sqnr_db, squared_error
 from bitwright.numeric.qtensor import QTensor
 
-Progress = Callable[[str, int, int], None]
 """Called with the tensor that is done, weights done so far, and weights in all."""
 TARGET = "gguf"
 _KV_CACHE = "the KV cache"
@@ -99,7 +98,7 @@ def export_gguf(
     allow_lossy: bool = False,
     tokenizer_pre: str | None = None,
     say: Say = silent,
-    progress: Progress | None = None,
+    progress: Progress = unseen,
 ) -> ExportResult:
     """Write the native `folder` as the GGUF file `out`.
 
@@ -140,8 +139,7 @@ def export_gguf(
             done += prod(jobs[len(rows) - 1].shape)
             if row.note:
                 say(row.line())
-            if progress is not None:
-                progress(row.tensor, done, total)
+            progress(row.tensor, done, total)
     return ExportResult(out, TARGET, tuple(rows), notes)
 
 

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from bitwright import __about__
-from bitwright.checkpoint.agreement import agree
 from bitwright.checkpoint.gguf import GgufSource
 from bitwright.checkpoint.gguf_file import PLAIN, GgufHeader, GgufTensor, read_gguf_header
 from bitwright.checkpoint.manifest import write_manifest
 from bitwright.checkpoint.shard import TensorInfo, read_tensor, tensor_sha256
 from bitwright.errors import CheckpointError, FormatError
-from bitwright.export.folder import ExportResult, FolderWriter, Say, new_folder, silent
-from bitwright.export.gguf import GgufRow, Progress
+from bitwright.export.folder import ExportResult, FolderWriter, Progress, Say, new_folder, silent, unseen
+from bitwright.export.gguf import GgufRow
 from bitwright.export.gguf_gemma3 import ARCHITECTURE as GEMMA3
 from bitwright.export.gguf_gemma3 import Gemma3Source
 from bitwright.export.gguf_model import GgufModel, gguf_model, rope_halves
@@ -45,9 +44,7 @@ class _Done:
     rows: list[GgufRow] = field(default_factory=list)
 
 
-def import_gguf(
-    path: str | Path, out: str | Path, *, say: Say = silent, progress: Progress | None = None
-) -> ExportResult:
+def import_gguf(path: str | Path, out: str | Path, *, say: Say = silent, progress: Progress = unseen) -> ExportResult:
     """Write the GGUF file `path` as a native folder `out`.
 
     Args:
@@ -66,7 +63,6 @@ def import_gguf(
     path, out = Path(path), Path(out)
     header = read_gguf_header(path)
     source = _source(path, header)
-    agree(str(path), source.config, source.tensors)
     stored = header.tensors
     model = gguf_model(source.config, {name: info.shape for name, info in source.tensors.items()})
     place = {name: stored[theirs] for name, theirs in model.names.items()}
@@ -85,8 +81,7 @@ def import_gguf(
             for name in names:
                 tensors |= _import_tensor(source, model, name, place[name], done)
                 weights += math.prod(place[name].shape)
-                if progress is not None:
-                    progress(name, weights, total)
+                progress(name, weights, total)
             writer.shard(f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors", tensors)
         writer.finish(_config(source, done))
         write_manifest(working, _manifest(source, writer, done), writer.sums)

@@ -19,9 +19,11 @@ from bitwright.export.folder import (
     ExportResult,
     ExportRow,
     NativeFolder,
+    Progress,
     Say,
     refuse,
     silent,
+    unseen,
     write_export,
 )
 from bitwright.formats import gptq as layout
@@ -33,7 +35,13 @@ KV_CACHE = "the KV cache"
 
 
 def export_gptq(
-    folder: str | Path, out: str | Path, *, version: Version = 1, allow_lossy: bool = False, say: Say = silent
+    folder: str | Path,
+    out: str | Path,
+    *,
+    version: Version = 1,
+    allow_lossy: bool = False,
+    say: Say = silent,
+    progress: Progress = unseen,
 ) -> ExportResult:
     """Write the native `folder` as a GPTQ checkpoint `out`, with `quantize_config.json`.
 
@@ -43,6 +51,7 @@ def export_gptq(
         version: 1 ("gptq"), which every reader knows, or 2 ("gptq_v2"), which can hold a zero of 0.
         allow_lossy: write what the format cannot hold as 16-bit floats.
         say: is told of every tensor that is not exact, and of every note.
+        progress: is told of every tensor.
 
     Raises:
         FormatError: before anything is written, `folder` is damaged, or holds what the format cannot, and
@@ -56,10 +65,17 @@ def export_gptq(
     refuse("gptq", problems, allow_lossy)
     quantization = _gptq_config(native, problems, version)
     files = {"quantize_config.json": quantization}
-    return _write(native, Path(out), (version, quantization, files), problems, say)
+    return _write(native, Path(out), (version, quantization, files), problems, say, progress)
 
 
-def export_awq(folder: str | Path, out: str | Path, *, allow_lossy: bool = False, say: Say = silent) -> ExportResult:
+def export_awq(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    allow_lossy: bool = False,
+    say: Say = silent,
+    progress: Progress = unseen,
+) -> ExportResult:
     """Write the native `folder` as an AWQ checkpoint `out` (`gemm`): 4 bits and one group size for all linears.
 
     Args:
@@ -67,6 +83,7 @@ def export_awq(folder: str | Path, out: str | Path, *, allow_lossy: bool = False
         out: must not exist.
         allow_lossy: write what the format cannot hold as 16-bit floats.
         say: is told of every tensor that is not exact, and of every note.
+        progress: is told of every tensor.
 
     Raises:
         FormatError, ResumeError: as `export_gptq`.
@@ -92,7 +109,7 @@ def export_awq(folder: str | Path, out: str | Path, *, allow_lossy: bool = False
         "version": "gemm",
         "zero_point": True,
     }
-    return _write(native, Path(out), (None, quantization, {}), problems, say)
+    return _write(native, Path(out), (None, quantization, {}), problems, say, progress)
 
 
 def _write(
@@ -101,6 +118,7 @@ def _write(
     form: tuple[Version | None, dict[str, Any], Mapping[str, Mapping[str, Any]]],
     problems: Mapping[str, str],
     say: Say,
+    progress: Progress,
 ) -> ExportResult:
     """Write the folder; `form` is the version (None: AWQ), `quantization_config`, and further JSON files."""
     version, quantization, files = form
@@ -120,7 +138,7 @@ def _write(
         config["tie_word_embeddings"] = True
     target = str(quantization["quant_method"])
     notes = (f"{KV_CACHE} {problems[KV_CACHE]}: it stays in float",) if KV_CACHE in problems else ()
-    return write_export(native, out, Conversion(target, convert, config, files=files), notes, say)
+    return write_export(native, out, Conversion(target, convert, config, files=files), notes, say, progress)
 
 
 def _problems(native: NativeFolder, version: Version | None) -> dict[str, str]:

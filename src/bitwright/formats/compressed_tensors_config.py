@@ -66,8 +66,8 @@ def kv_refusal(spec: KvSpec) -> str | None:
     if spec.grid == "fp8":
         return None
     return (
-        "is quantized for each token and head, needed fixed scales or floats; quantize with activations.kv.grid=fp8 "
-        "and kv8, or without kv in the scheme"
+        "is quantized for each token and head, needed fixed scales or floats; quantize with kv8 in the scheme "
+        "and --set activations.kv.grid=fp8, or without kv"
     )
 
 

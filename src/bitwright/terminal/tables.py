@@ -1,20 +1,17 @@
-"""What the command line shows: tables of plans, summaries, evaluations; progress with time left."""
+"""What the command line shows: tables of plans, summaries, evaluations, and what is to be said of them."""
 
 from __future__ import annotations
 
 import json
-import sys
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-
 from bitwright.checkpoint.place import write_output
+from bitwright.terminal.progress import Told, duration, size
+from bitwright.terminal.text import Sheet, Styled, console, error_console, say
 
 if TYPE_CHECKING:
     from bitwright.analyze.model import Report
@@ -24,60 +21,25 @@ if TYPE_CHECKING:
     from bitwright.bench import Bench
     from bitwright.evaluate import Evaluation
     from bitwright.export.engines import Obstacle
-    from bitwright.export.folder import ExportResult
+    from bitwright.export.folder import ExportResult, ExportRow
     from bitwright.inspect import Inspection
     from bitwright.machine import Estimate
     from bitwright.pipeline import Summary
     from bitwright.plan import Plan
     from bitwright.rows import Row
 
-# Without a terminal there is no width to ask for; tables in logs should not be folded.
-console = Console(width=None if sys.stdout.isatty() else 140)
-error_console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
-
-
-def size(nbytes: float) -> str:
-    """Bytes as people read them, decimal units."""
-    for unit in ("B", "kB", "MB"):
-        if abs(nbytes) < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+# Sizes that differ between tensors of one kind, such as their numbers of outliers.
+_NUMBER = re.compile(r"\d+")
 
 
 @contextmanager
-def progress_bar(description: str) -> Iterator[Progress]:
-    """A bar with time elapsed and left; silent when the output is not a terminal."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[what]}"),
-    )
-    with Progress(*columns, console=error_console, disable=not error_console.is_terminal) as progress:
-        progress.add_task(description, total=None, what="")
-        yield progress
-
-
-@contextmanager
-def interruptible(bar: Progress) -> Iterator[None]:
+def interruptible(shown: Told) -> Iterator[None]:
     """Ctrl-C within ends with a word on how to go on, and status 130."""
     try:
         yield
     except KeyboardInterrupt:
-        bar.stop()
-        error_console.print("interrupted; run the same command again to continue")
+        shown.stop()
+        say("interrupted; run the same command again to continue", on=error_console)
         raise SystemExit(130) from None
 
 
@@ -89,31 +51,27 @@ def write_json(path: Path | None, content: dict[str, Any]) -> None:
 
 def show_plan(plan: Plan, needs: Estimate, every_row: bool) -> None:
     """One line per kind of tensor (or per tensor), totals, and what the job will need."""
-    table = Table(title=f"{plan.source}: {plan.bits_per_weight:.3f} bits per quantized weight (expected)")
-    for heading in ("tensor", "shape", "rule", "becomes"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("tensors", "bits", "size"):
-        table.add_column(heading, justify="right")
+    title = f"{plan.source}: {plan.bits_per_weight:.3f} bits per quantized weight (expected)"
+    sheet = Sheet(title, ("tensor", "shape", "rule", "becomes"), ("tensors", "bits", "size"))
     for label, rows in _grouped(plan, every_row).items():
         nbytes, weights = sum(row.bytes for row in rows), sum(row.weights for row in rows)
         shape = "x".join(map(str, rows[0].shape))
         bits = f"{8 * nbytes / weights:.3f}" if weights else ""
-        table.add_row(label, shape, rows[0].rule, _becomes(rows[0]), str(len(rows)), bits, size(nbytes))
-    console.print(table)
+        sheet.row(label, shape, rows[0].rule, _becomes(rows[0]), len(rows), bits, size(nbytes))
+    sheet.show()
     if plan.kv_cache is not None:
         fixed = " with fixed scales for the keys and the values of each block, from calibration"
-        console.print(
-            f"KV cache: {plan.kv_cache.label()}{fixed if plan.kv_cache.grid == 'fp8' else ''}.", highlight=False
-        )
-    show_expectation(plan, needs, console)
+        say(f"KV cache: {plan.kv_cache.label()}{fixed if plan.kv_cache.grid == 'fp8' else ''}.")
+    show_expectation(plan, needs)
 
 
-def show_expectation(plan: Plan, needs: Estimate, on: Console) -> None:
+def show_expectation(plan: Plan, needs: Estimate, stderr: bool = False) -> None:
     """One line: what becomes of the bytes, and what the job will need."""
-    on.print(
+    on = error_console if stderr else console
+    say(
         f"{size(plan.source_bytes)} become about {size(plan.bytes)}. Expected with {needs.workers} workers: "
         f"{duration(needs.seconds)}, peak memory {size(needs.peak_rss_bytes)}, disk {size(needs.disk_bytes)}.",
-        highlight=False,
+        on=on,
     )
     if needs.numeric_class is None:
         return
@@ -121,7 +79,8 @@ def show_expectation(plan: Plan, needs: Estimate, on: Console) -> None:
 
     on.print(f"Calibrated: equal to the last byte wherever {needs.numeric_class} add up.", highlight=False)
     if columns.backend() == "reference":
-        on.print(f"[yellow]Error feedback runs in the slow PyTorch reference: {columns.backend_reason()}.[/]")
+        reason = f"Error feedback runs in the slow PyTorch reference: {columns.backend_reason()}."
+        say(Styled(reason, "yellow"), on=on)
 
 
 def _grouped(plan: Plan, every_row: bool) -> dict[str, list[Row]]:
@@ -148,14 +107,13 @@ def _becomes(row: Row) -> str:
 def show_summary(summary: Summary) -> None:
     """What quantizing made."""
     quantized = [record for record in summary.records if record["action"] == "quantize"]
-    table = Table(title=f"{summary.out}")
-    for heading in ("tensors", "bits per weight", "size", "worst SQNR", "outliers", "seconds", "peak memory"):
-        table.add_column(heading, justify="right")
     measured = [(record["sqnr_db"], record["tensor"]) for record in quantized if record["sqnr_db"] is not None]
     worst = min(measured, default=None)
     weights = sum(record["shape"][0] * record["shape"][1] for record in quantized)
     outliers = sum(record["outliers"] for record in quantized)
-    table.add_row(
+    columns = ("tensors", "bits per weight", "size", "worst SQNR", "outliers", "seconds", "peak memory")
+    sheet = Sheet(summary.out, (), columns)
+    sheet.row(
         f"{len(quantized)} of {len(summary.records)}",
         f"{summary.bits_per_weight:.3f}",
         size(summary.bytes),
@@ -164,27 +122,24 @@ def show_summary(summary: Summary) -> None:
         f"{summary.seconds:.1f}",
         size(summary.peak_rss_bytes),
     )
-    console.print(table)
+    sheet.show()
     if summary.phases:
-        phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in summary.phases.items())
-        console.print(f"of which {phases}.", highlight=False)
+        say(f"of which {', '.join(f'{name} {seconds:.1f} s' for name, seconds in summary.phases.items())}.")
     fallbacks = [record["tensor"] for record in quantized if record["fallbacks"]]
     if fallbacks:
-        console.print(f"[bold red]{len(fallbacks)} fallbacks[/]: {', '.join(fallbacks[:5])}")
+        say(Styled(f"{len(fallbacks)} fallbacks", "bold red"), f": {', '.join(fallbacks[:5])}")
     if summary.resumed_shards:
-        console.print(f"{summary.resumed_shards} shards were already done.")
+        say(f"{summary.resumed_shards} shards were already done.")
     for note in summary.notes:
-        console.print(escape(note), style="yellow", highlight=False)
+        say(Styled(note, "yellow"))
 
 
 def show_evaluation(model: str, evaluation: Evaluation) -> None:
     """The quality of a model, one measure per line."""
-    table = Table(title=model, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
+    sheet = Sheet(model, ("measure",), ("value",), header=False)
     for label, text in evaluation_lines(evaluation):
-        table.add_row(label, text)
-    console.print(table)
+        sheet.row(label, text)
+    sheet.show()
 
 
 def evaluation_lines(evaluation: Evaluation) -> list[tuple[str, str]]:
@@ -212,14 +167,11 @@ def show_inspection(inspection: Inspection) -> None:
     """What a quantized folder holds."""
     if inspection.complaints:
         for complaint in inspection.complaints:
-            console.print(f"[bold red]damaged[/] {complaint}")
+            say(Styled("damaged", "bold red"), f" {complaint}")
         return
     manifest = inspection.manifest
-    table = Table(title=f"{inspection.folder}: made from {manifest['source_label']}")
-    for heading in ("tensor", "spec"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("bits", "outliers", "SQNR dB"):
-        table.add_column(heading, justify="right")
+    title = f"{inspection.folder}: made from {manifest['source_label']}"
+    sheet = Sheet(title, ("tensor", "spec"), ("bits", "outliers", "SQNR dB"))
     for record in manifest["tensors"]:
         if record["action"] != "quantize":
             continue
@@ -227,55 +179,48 @@ def show_inspection(inspection: Inspection) -> None:
         sqnr = "exact" if record["sqnr_db"] is None else f"{record['sqnr_db']:.2f}"
         module = record["tensor"].removesuffix(".weight")
         spec = inspection.entries[module].spec.label()
-        table.add_row(module, spec, f"{8 * record['bytes'] / weights:.3f}", str(record["outliers"]), sqnr)
-    console.print(table)
-    console.print(f"{size(inspection.bytes)} of weights, {inspection.bits_per_weight:.3f} bits per quantized weight.")
+        sheet.row(module, spec, f"{8 * record['bytes'] / weights:.3f}", record["outliers"], sqnr)
+    sheet.show()
+    say(f"{size(inspection.bytes)} of weights, {inspection.bits_per_weight:.3f} bits per quantized weight.")
 
 
 def show_reached(reached: TargetResult) -> None:
     """What became of a target: how many tensors got which choice, every round, and the verdict."""
-    table = Table(title=f"{reached.target}: {reached.out}")
-    table.add_column("choice")
-    for heading in ("tensors", "bytes"):
-        table.add_column(heading, justify="right")
+    sheet = Sheet(f"{reached.target}: {reached.out}", ("choice",), ("tensors", "bytes"))
     picks = list(reached.chosen.allocation.picks.values())
     for label in dict.fromkeys(option.choice.label for option in picks):
         some = [option.bytes for option in picks if option.choice.label == label]
-        table.add_row(escape(label), str(len(some)), size(sum(some)))
-    console.print(table)
+        sheet.row(label, len(some), size(sum(some)))
+    sheet.show()
     for number, one in enumerate(reached.rounds, start=1):
         said = f"KL {one.predicted_kl:.4g} predicted, {one.kl:.4g} measured, ln perplexity {one.delta_ln_ppl:+.4f}"
-        console.print(f"round {number}: {one.bits_per_weight:.3f} bits per weight, {said}", highlight=False)
+        say(f"round {number}: {one.bits_per_weight:.3f} bits per weight, {said}")
     for line in (reached.verdict, *reached.notes):
-        console.print(escape(line), highlight=False)
+        say(line)
 
 
 def show_needs(needs: AnalysisNeeds) -> None:
     """One line before an analysis: what it does, and what that will take."""
     took = f"{duration(needs.seconds)}, peak memory {size(needs.peak_rss_bytes)}"
-    console.print(f"{', '.join(needs.parts)}. Expected: {took}.", highlight=False)
+    say(f"{', '.join(needs.parts)}. Expected: {took}.")
 
 
 def show_analysis(report: Report, out: Path, broken: Sequence[Breach]) -> None:
     """The advice of a report with its evidence, where the report is, and limits that it does not keep."""
     for note in report.notes:
-        console.print(escape(note), highlight=False)
+        say(note)
     for advice in report.advice:
-        style = "dim" if advice.withheld else "bold"
-        console.print(f"[{style}]{escape(advice.rule)}[/]: {escape(advice.verdict)}", highlight=False)
+        say(Styled(advice.rule, "dim" if advice.withheld else "bold"), f": {advice.verdict}")
         for line in advice.evidence:
-            console.print(f"  {escape(line)}", style="dim", highlight=False)
+            say(Styled(f"  {line}", "dim"))
     for breach in broken:
-        console.print(f"[bold red]limit not kept[/]: {escape(str(breach))}", highlight=False)
-    console.print(f"{out / 'report.html'}, report.json, recipe.toml; {duration(report.run.seconds)}", highlight=False)
+        say(Styled("limit not kept", "bold red"), f": {breach}")
+    say(f"{out / 'report.html'}, report.json, recipe.toml; {duration(report.run.seconds)}")
 
 
 def show_export(result: ExportResult) -> None:
     """What an export or import made: tensors and bytes by what became of them, and what was lost."""
-    table = Table(title=f"{result.target}: {result.out}")
-    table.add_column("tensors")
-    for heading in ("number", "from", "to"):
-        table.add_column(heading, justify="right")
+    sheet = Sheet(f"{result.target}: {result.out}", ("tensors",), ("number", "from", "to"))
     for action, meaning in (
         ("exact", "codes as they are"),
         ("kept", "floats as they are"),
@@ -284,31 +229,35 @@ def show_export(result: ExportResult) -> None:
         rows = [row for row in result.rows if row.action == action]
         if rows:
             before, after = sum(row.source_bytes for row in rows), sum(row.bytes for row in rows)
-            table.add_row(meaning, str(len(rows)), size(before), size(after))
-    console.print(table)
-    for line in (*result.notes, *(row.line() for row in result.lossy)):
-        console.print(f"[yellow]lossy[/] {escape(line)}" if line not in result.notes else escape(line), highlight=False)
+            sheet.row(meaning, len(rows), size(before), size(after))
+    sheet.show()
+    for note in result.notes:
+        say(note)
+    folded: dict[str, list[ExportRow]] = {}
+    for row in result.lossy:
+        folded.setdefault(_NUMBER.sub("N", row.note), []).append(row)
+    for rows in folded.values():
+        more = f" ({len(rows)} such; --json FILE has all)" if len(rows) > 1 else ""
+        say(Styled("lossy", "yellow"), f" {rows[0].line()}{more}")
 
 
 def show_obstacles(engine: str, obstacles: list[Obstacle]) -> None:
     """What stands in an engine's way, modules of the same trouble folded."""
     if not obstacles:
-        console.print(f"{engine} can load the result.")
+        say(f"{engine} can load the result.")
         return
-    folded: dict[tuple[str, str, bool], list[str]] = {}
+    folded: dict[tuple[str, bool], list[Obstacle]] = {}
     for found in obstacles:
-        folded.setdefault((found.reason, found.remedy, found.certain), []).append(found.module)
-    for (reason, remedy, certain), modules in folded.items():
-        verdict = f"[bold red]{engine} refuses[/]" if certain else f"[yellow]{engine} may refuse[/]"
-        more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
-        console.print(f"{verdict} {escape(modules[0])}{more}: {escape(reason)}; {escape(remedy)}", highlight=False)
+        folded.setdefault((found.reason, found.certain), []).append(found)
+    for (reason, certain), alike in folded.items():
+        verdict = Styled(f"{engine} refuses", "bold red") if certain else Styled(f"{engine} may refuse", "yellow")
+        more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
+        say(verdict, f" {alike[0].module}{more}: {reason}; {alike[0].remedy}")
 
 
 def show_bench(result: Bench) -> None:
     """The speed of a model, one measure per line; what slowed it down."""
-    table = Table(title=result.model, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
+    sheet = Sheet(result.model, ("measure",), ("value",), header=False)
     share, weights = result.read_bandwidth_share, result.weight_bytes_per_token
     for label, text in (
         (f"decode, {result.new_tokens} tokens", f"{result.decode_tokens_per_second:.1f} tokens/s"),
@@ -320,9 +269,9 @@ def show_bench(result: Bench) -> None:
         ("path, kernels, mode", f"{result.path}, {result.kernels}, {result.mode}"),
         ("threads", str(result.threads)),
     ):
-        table.add_row(label, text)
-    console.print(table)
+        sheet.row(label, text)
+    sheet.show()
     if result.kernels_reason is not None:
-        console.print(f"[yellow]Products run in the slow PyTorch reference: {result.kernels_reason}.[/]")
+        say(Styled(f"Products run in the slow PyTorch reference: {result.kernels_reason}.", "yellow"))
     elif result.path_reason is not None:
-        console.print(f"Not on the lean path: {result.path_reason}.", highlight=False, markup=False)
+        say(f"Not on the lean path: {result.path_reason}.")
