@@ -15,6 +15,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from bitwright import __about__
+from bitwright.calibration.blocks import check_windows
 from bitwright.calibration.sample import sample_from_model
 from bitwright.calibration.tokens import TokenWindows, calibration_windows
 from bitwright.checkpoint.journal import CLASS, Journal
@@ -31,8 +33,9 @@ from bitwright.checkpoint.load import load_model, load_tokenizer
 from bitwright.checkpoint.open import check_unchanged, find_source
 from bitwright.checkpoint.settle import settled
 from bitwright.checkpoint.shard import read_shard, write_shard
+from bitwright.checkpoint.skeleton import build_skeleton
 from bitwright.checkpoint.source import Source
-from bitwright.errors import FallbackError, FormatError
+from bitwright.errors import BitwrightError, FallbackError, FormatError, ResumeError
 from bitwright.execute.local import ahead, default_workers, own_threads, torch_threads
 from bitwright.execute.memory import peak_rss_bytes
 from bitwright.execute.shown import Shown
@@ -169,6 +172,8 @@ def quantize(
         seconds = time.perf_counter() - started
         return Summary(out, manifest["tensors"], seconds, peak_rss_bytes(), len(manifest["shards"]))
     workers = options.workers or default_workers()
+    if windows is not None:
+        check_windows(windows.ids, build_skeleton(source.config).config)
     needs = estimate(plan, workers)
     check_machine(needs, out)
     if options.announce is not None:
@@ -177,7 +182,8 @@ def quantize(
     if needs.numeric_class is not None:
         threads, job[CLASS] = torch_threads, [needs.numeric_class]
     check = partial(_check_shard, plan)
-    with threads(workers), Journal(out, job, options.restart, check, options.accept_other_machine) as journal:
+    opened = Journal(out, job, options.restart, check, options.accept_other_machine)
+    with threads(workers), opened as journal, _finished_is_kept(journal):
         resumed, report = len(journal.done), _Report(plan, journal, options)
         phases = _quantize_units(source, plan, journal, windows, report)
         records, notes = finish(source, plan, journal, journal.job, windows)
@@ -186,6 +192,20 @@ def quantize(
         check_written(journal)
         journal.publish()
     return Summary(out, records, time.perf_counter() - started, peak_rss_bytes(), resumed, phases, notes)
+
+
+@contextmanager
+def _finished_is_kept(journal: Journal) -> Iterator[None]:
+    """Within, a refusal says what becomes of the shards that are finished: its remedy may be another recipe."""
+    try:
+        yield
+    except BitwrightError as error:
+        if not journal.done or isinstance(error, ResumeError) or "--restart" in str(error):
+            raise
+        kept = f"{len(journal.done)} finished shards are kept in {journal.folder}"
+        raise type(error)(
+            f"{error} ({kept}: the same command goes on behind them, another recipe needs --restart)"
+        ) from (error)
 
 
 def _check_shard(plan: Plan, path: Path, records: list[Record]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from pydantic import TypeAdapter
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bitwright.__about__ import __version__
@@ -32,7 +30,8 @@ from bitwright.calibration.stream import Stream
 from bitwright.calibration.tokens import Calibration
 from bitwright.checkpoint.load import load_model
 from bitwright.checkpoint.open import open_source
-from bitwright.checkpoint.shard import write_text
+from bitwright.checkpoint.place import Place, private_folder
+from bitwright.checkpoint.shard import write_shard, write_text
 from bitwright.checkpoint.source import Source
 from bitwright.errors import CalibrationError, EvaluationError
 from bitwright.evaluate import Windows, compare, paired_interval
@@ -90,7 +89,7 @@ def measure_matrix(model: str, draws: Sequence[CalibrationSet], options: MatrixO
     source = open_source(model)
     cells = _cells(source, draws, options.recipes)
     folder = options.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     place = folder / "matrix.json"
     known: dict[str, list[dict[str, Any]]] = _kept_cells(place) if place.exists() else {}
     keys = [_key(source, cell, options.evaluations) for cell in cells]
@@ -190,17 +189,22 @@ class _Float:
 
 def _measured(model: str, cell: _Cell, reference: _Float, folder: Path) -> list[MatrixRow]:
     """One quantization, measured on every evaluation set."""
-    with tempfile.TemporaryDirectory(prefix="cell-", dir=folder) as place:
-        windows = Path(place) / f"{cell.draw.name.replace('/', '-')}-{cell.draw.seed}.safetensors"
-        save_file({"ids": cell.draw.ids.contiguous()}, windows)
+    place = Place(folder / "cell", ".partial")
+    try:
+        # what a killed run left
+        place.clear()
+        windows = place.folder / f"{cell.draw.name.replace('/', '-')}-{cell.draw.seed}.safetensors"
+        write_shard(windows, {"ids": cell.draw.ids.contiguous()}, {"format": "pt"})
         count, tokens = cell.draw.ids.shape
         calibration = Calibration(text=str(windows), windows=count, window_tokens=tokens)
         recipe = cell.recipe.model_copy(update={"calibration": calibration})
         # A set that leaves channels without a value is part of the answer, not an error.
-        quantize(model, Path(place) / "out", recipe=recipe, options=RunOptions(max_fallbacks=1.0))
-        quantized = load_model(str(Path(place) / "out")).model
+        quantize(model, place.output, recipe=recipe, options=RunOptions(max_fallbacks=1.0))
+        quantized = load_model(str(place.output)).model
         with torch.no_grad():
             return [_row(cell, one.name, reference.compare(quantized, one)) for one in reference.evaluations]
+    finally:
+        place.remove()
 
 
 def _row(cell: _Cell, evaluation: str, found: Divergence) -> MatrixRow:

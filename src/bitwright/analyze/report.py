@@ -19,14 +19,13 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from pydantic import ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bitwright.analyze import figures
 from bitwright.analyze.model import Report, SiteRow
 from bitwright.analyze.svg import number
 from bitwright.analyze.thresholds import metrics
-from bitwright.checkpoint.shard import write_text
+from bitwright.checkpoint.shard import write_shard, write_text
 from bitwright.errors import EvaluationError
 from bitwright.numeric.settings import Settings, explain
 from bitwright.untrusted.json_file import read_json
@@ -53,7 +52,7 @@ def write_report(report: Report, out: Path, tensors: Mapping[str, Tensor] | None
     """
     out.mkdir(parents=True, exist_ok=True)
     if tensors:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, out / "statistics.safetensors")
+        write_shard(out / "statistics.safetensors", tensors, {"format": "pt"})
     for name, rows in tables(report).items():
         write_text(out / f"{name}.csv", _csv(rows))
     if report.recipe_toml:

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bitwright.analyze import corpora
@@ -36,6 +35,8 @@ from bitwright.calibration.sample import sample_from_model
 from bitwright.calibration.text import Split, Text, builtin, load_text
 from bitwright.calibration.tokens import HUB, Calibration, calibration_windows, read_ids
 from bitwright.checkpoint.load import load_model, load_tokenizer
+from bitwright.checkpoint.place import private_folder
+from bitwright.checkpoint.shard import write_shard
 from bitwright.checkpoint.source import Source
 from bitwright.errors import CalibrationError, EvaluationError
 from bitwright.execute.memory import available_memory_bytes
@@ -218,6 +219,8 @@ class SetMaker:
                 f"{SAMPLED_TOKENS} tokens are sampled; take fewer or shorter windows"
             )
         place = self._place(temperature, seed)
+        if place is not None:
+            private_folder(place.parent)
         if place is not None and place.is_file():
             kept = read_ids(place)
             if kept.dtype != torch.int64 or tuple(kept.shape) != shape:
@@ -229,8 +232,7 @@ class SetMaker:
         model = load_model(self._source.label).model
         ids = sample_from_model(model if temperature == 1 else _Tempered(model, temperature), *shape, seed)
         if place is not None:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"ids": ids}, place)
+            write_shard(place, {"ids": ids}, {"format": "pt"})
         return ids
 
     def _check_memory(self) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +23,7 @@ from bitwright.__about__ import __version__
 from bitwright.analyze.allocate import Allocation, Option, allocate, allocated_recipe
 from bitwright.analyze.choices import Choice, check_mixable, default_choices
 from bitwright.analyze.promise import Target
+from bitwright.analyze.rounds import SENSITIVITY, SUFFIX, Rounds, refuse_existing
 from bitwright.analyze.sensitivity import Cost, Measure, Probes, Run, Sensitivity, measure_sensitivity, withheld
 from bitwright.calibration.sample import sample_from_model
 from bitwright.calibration.tokens import TokenWindows, calibration_windows
@@ -180,14 +180,13 @@ def quantize_to_target(
         ResumeError: `out` exists, or its unfinished folder belongs to another job.
     """
     out = Path(out)
-    if out.exists():
-        raise ResumeError(f"{out}: exists; choose another folder or remove it")
+    refuse_existing(out)
     job = _Job(model, out, target, options, run or RunOptions())
-    sensitivity = job.sensitivity()
-    rounds = job.pursue(sensitivity)
-    chosen = job.best(rounds)
-    (job.folder / f"round-{rounds.index(chosen) + 1}").rename(out)
-    shutil.rmtree(job.folder)
+    with Rounds(out) as place:
+        sensitivity = job.sensitivity()
+        rounds = job.pursue(sensitivity)
+        chosen = job.best(rounds)
+        place.publish(rounds.index(chosen) + 1)
     doubt = withheld(sensitivity, options.measure)
     notes = (f"predictions are not to be trusted: {doubt}",) if doubt else ()
     return TargetResult(out, target, chosen.holds, chosen, tuple(rounds), sensitivity, notes)
@@ -198,7 +197,7 @@ class _Job:
 
     def __init__(self, model: str, out: Path, target: Target, options: TargetOptions, run: RunOptions):
         self.model, self.target, self.options, self.run = model, target, options, run
-        self.folder = out.with_name(f"{out.name}.rounds")
+        self.folder = out.with_name(out.name + SUFFIX)
         self.choices = options.choices or default_choices()
         check_mixable(self.choices)
         first = Recipe(method=self.choices[0].method, scheme=self.choices[0].scheme)
@@ -252,7 +251,7 @@ class _Job:
         ids = self.calibration.ids[: self.options.sensitivity_windows]
         probes = Probes(self.probes, self.options.probes, self.base.seed) if self.options.probes else None
         key = self._key(ids)
-        path = self.folder / "sensitivity.json"
+        path = self.folder / SENSITIVITY
         if path.exists():
             stored = read_json(path, ResumeError)
             if stored.get("key") != key:
@@ -262,7 +261,6 @@ class _Job:
             with reading(path, ResumeError, f"remove {path} to measure anew"):
                 costs = (Cost(**row | {"choice": self.choices[row["choice"]]}) for row in stored["costs"])
                 return Sensitivity(tuple(costs))
-        self.folder.mkdir(parents=True, exist_ok=True)
         found = measure_sensitivity(
             self.source, self.choices, ids, Run(probes, self.base, self.folder, self.options.say)
         )

@@ -90,7 +90,7 @@ class BlockRunner:
         self.source, self.adapter, self.ids, self._rotated = source, adapter, ids, tuple(rotated)
         self.blocks = block_count(source.config)
         self._skeleton = build_skeleton(source.config)
-        _check_windows(ids, self._skeleton.config)
+        check_windows(ids, self._skeleton.config)
         windows, tokens = ids.shape
         self.batch = min(windows, batch or max(1, BATCH_TOKENS // tokens))
         self._answers_tuples = False  # found out by the first run
@@ -291,7 +291,12 @@ class _AnswersTuples(Exception):
     """The blocks of this model answer tuples."""
 
 
-def _check_windows(ids: Tensor, config: Any) -> None:
+def check_windows(ids: Tensor, config: Any) -> None:
+    """Refuse windows that the model of `config` (transformers') cannot read.
+
+    Raises:
+        CalibrationError: they are not int64 [windows, tokens], too long, or of tokens that it does not know.
+    """
     if ids.ndim != 2 or ids.numel() == 0 or ids.dtype != torch.int64:
         raise CalibrationError(
             f"calibration windows: got {ids.dtype} {list(ids.shape)}, needed torch.int64 [windows, tokens] with at "

@@ -27,6 +27,7 @@ SUFFIX = ".partial"
 CLASS = "numeric_class"
 """Key of a calibrated job: the numeric classes in which it was computed, in order."""
 _JOURNAL = "journal.jsonl"
+_SHARD = re.compile(r"[\w.-]+\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Records = list[dict[str, Any]]
@@ -151,7 +152,7 @@ class Journal:
         if not (
             line.keys() == {"shard", "sha256", "records"}
             and isinstance(shard, str)
-            and Path(shard).name == shard
+            and _SHARD.fullmatch(shard)
             and isinstance(sha256, str)
             and _SHA256.fullmatch(sha256)
             and isinstance(records, list)
@@ -253,7 +254,9 @@ def _of_job(place: Place, job: dict[str, Any]) -> bool:
         return True
     except (ValueError, AttributeError, RecursionError):
         return False
-    return isinstance(known, dict) and all(known.get(key) == job[key] for key in job if key != "source_files")
+    return isinstance(known, dict) and all(
+        known.get(key) == job[key] for key in job if key not in ("source_files", CLASS)
+    )
 
 
 def _is_job(job: Any) -> bool:

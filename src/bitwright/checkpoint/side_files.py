@@ -15,7 +15,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from bitwright.checkpoint.place import new_file
+from bitwright.errors import CheckpointError
+from bitwright.execute.shown import visible
 from bitwright.untrusted.files import open_regular
+from bitwright.untrusted.names import below
 
 PATTERNS = (
     "tokenizer*",
@@ -59,7 +62,7 @@ def copy_side_files(source: Path, folder: Path) -> list[str]:
         path = source / relative
         why = _refusal(source, path)
         if why is not None:
-            left_out.append(f"{path}: left out of the result, for it is {why}")
+            left_out.append(f"{source / visible(relative)}: left out of the result, for it is {why}")
             continue
         (folder / relative).parent.mkdir(exist_ok=True)
         with (
@@ -87,6 +90,10 @@ def _matching(source: Path) -> Iterator[str]:
 
 def _refusal(source: Path, path: Path) -> str | None:
     """Why a file is not carried; None where it is."""
+    try:
+        below(source, path.relative_to(source).as_posix(), source, CheckpointError)
+    except CheckpointError:
+        return "called in a way that no file of a model is"
     base, real = Path(os.path.realpath(source)), Path(os.path.realpath(path))
     if not real.is_relative_to(base) and not _is_blob(base, real):
         return f"a link out of the folder, to {real}; put a copy in its place if it belongs to the model"

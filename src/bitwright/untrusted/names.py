@@ -10,6 +10,7 @@ from bitwright.errors import BitwrightError
 
 SHARD = ".safetensors"
 _LONGEST_NAME = 255
+_DEEPEST = 4
 
 
 def inside(folder: Path, name: Any, said_by: str | Path, kind: type[BitwrightError]) -> Path:
@@ -29,6 +30,20 @@ def inside(folder: Path, name: Any, said_by: str | Path, kind: type[BitwrightErr
             "the file is damaged or hostile: take the model from another place"
         )
     return folder / name
+
+
+def below(folder: Path, name: Any, said_by: str | Path, kind: type[BitwrightError]) -> Path:
+    """The same for a file in a folder below `folder`, such as `additional_chat_templates/tool_use.jinja`.
+
+    Raises:
+        BitwrightError: of `kind`: a part of the name is no plain file name, or there are too many.
+    """
+    parts = name.split("/") if isinstance(name, str) else [name]
+    if len(parts) > _DEEPEST:
+        raise kind(f"{said_by}: the file {name[:120]!r} lies {len(parts)} folders deep, at most {_DEEPEST} are read")
+    for part in parts[:-1]:
+        folder = inside(folder, part, said_by, kind)
+    return inside(folder, parts[-1], said_by, kind)
 
 
 def shards_of(folder: Path, names: Iterable[Any], said_by: str | Path, kind: type[BitwrightError]) -> dict[str, Path]:
