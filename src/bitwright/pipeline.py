@@ -182,8 +182,8 @@ def quantize(
     if needs.numeric_class is not None:
         threads, job[CLASS] = torch_threads, [needs.numeric_class]
     check = partial(_check_shard, plan)
-    opened = Journal(out, job, options.restart, check, options.accept_other_machine)
-    with threads(workers), opened as journal, _finished_is_kept(journal):
+    unfinished = Journal(out, job, options.restart, check, options.accept_other_machine)
+    with threads(workers), unfinished as journal, _finished_is_kept(journal):
         resumed, report = len(journal.done), _Report(plan, journal, options)
         phases = _quantize_units(source, plan, journal, windows, report)
         records, notes = finish(source, plan, journal, journal.job, windows)
@@ -205,7 +205,7 @@ def _finished_is_kept(journal: Journal) -> Iterator[None]:
         kept = f"{len(journal.done)} finished shards are kept in {journal.folder}"
         raise type(error)(
             f"{error} ({kept}: the same command goes on behind them, another recipe needs --restart)"
-        ) from (error)
+        ) from error
 
 
 def _check_shard(plan: Plan, path: Path, records: list[Record]) -> None:
