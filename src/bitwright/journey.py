@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bitwright.calibration.hessians import Evidence
-from bitwright.checkpoint.native_folder import check_finite
+from bitwright.checkpoint.finite import check_finite, finite_tensors
 from bitwright.checkpoint.shard import tensor_sha256
 from bitwright.checkpoint.source import Source
 from bitwright.errors import FormatError, WeightError
@@ -26,6 +26,7 @@ from bitwright.numeric.fp8 import KvScales
 from bitwright.numeric.measure import sqnr_db, squared_error
 from bitwright.numeric.outliers import NoOutliers, NSigma
 from bitwright.numeric.qtensor import QTensor
+from bitwright.numeric.underflow import lost_in_half, underflow
 from bitwright.ranges import Clipping, Ranging
 from bitwright.rounding.correction import corrected
 from bitwright.rounding.gptq import Gptq, Rounded, quantize_gptq
@@ -34,6 +35,9 @@ from bitwright.rows import Row
 
 Record = dict[str, Any]
 """What the manifest says of one tensor."""
+
+_LEAST_SIGNAL = 1e-20
+"""Sum of squared weights below which it is taken in float64."""
 
 KEYS = ".k_proj.weight"
 """End of the tensor that stands for its attention."""
@@ -85,17 +89,38 @@ def process_row(
     if tensor is None:
         return Outcome({}, record)
     check_finite(row.tensor, tensor)
-    try:
-        if row.action == "keep":
-            parts, details, seconds = *_keep(tensor, row), {}
-        else:
+    if row.action == "keep":
+        parts, details, seconds = *_keep(tensor, row), {}
+    else:
+        try:
             rounded = _round(tensor, row, evidence, clipping)
             parts, details = _pack(tensor, row, rounded)
-            seconds = rounded.seconds
-    except WeightError as error:
-        raise WeightError(f"{row.tensor}: {error}") from error
+        except WeightError as error:
+            raise WeightError(f"{row.tensor}: {error}") from error
+        seconds = rounded.seconds
     nbytes = sum(part.numel() * part.dtype.itemsize for part in parts.values())
     return Outcome(parts, record | {"bytes": nbytes} | details, seconds)
+
+
+def check_values(source: Source, plan: Iterable[Row], calibrated: bool) -> None:
+    """Check what can be told of weights before the work: they are finite, and what is kept fits its stored type.
+
+    Args:
+        source: as the files have it, before any rotation.
+        plan: its rows. Those that a rotation adds are not in `source`.
+        calibrated: the work takes long, so matrices that will be quantized are looked at as well.
+
+    Raises:
+        CheckpointError: a tensor cannot be read.
+        WeightError: one holds NaN or Inf, or does not fit; it is named.
+    """
+    rows = {row.tensor: row for row in plan if row.tensor in source.tensors and row.action != "tied"}
+    kept = [name for name, row in rows.items() if row.action == "keep"]
+    for name, values in finite_tensors(source, kept):
+        _fitting(values, rows[name])
+    if calibrated:
+        for _ in finite_tensors(source, rows.keys() - set(kept)):
+            pass
 
 
 def stored_entry(row: Row, record: Record) -> TensorEntry:
@@ -166,16 +191,24 @@ def recorded_kv_scales(records: Iterable[Mapping[str, Any]]) -> dict[str, KvScal
 
 
 def _keep(tensor: Tensor, row: Row) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return {row.tensor: _fitting(tensor, row)}, {"dtype": str(row.stored_dtype).removeprefix("torch.")}
+
+
+def _fitting(tensor: Tensor, row: Row) -> Tensor:
+    """A kept tensor in its stored type, which holds its values."""
     assert row.stored_dtype is not None
     stored = tensor.to(row.stored_dtype)
     if stored.dtype == torch.float16 and tensor.dtype != torch.float16 and tensor.numel():
         low, high = torch.aminmax(tensor)
-        if max(-low.item(), high.item()) > torch.finfo(torch.float16).max:
+        largest, remedy = max(-low.item(), high.item()), "use --set kept_dtype=bfloat16 or --set kept_dtype=source"
+        if largest > torch.finfo(torch.float16).max:
             raise WeightError(
-                f"values from {low.item():.3g} to {high.item():.3g} do not fit float16; "
-                "use --set kept_dtype=bfloat16 or --set kept_dtype=source"
+                f"{row.tensor}: values from {low.item():.3g} to {high.item():.3g} do not fit float16; {remedy}"
             )
-    return {row.tensor: stored}, {"dtype": str(row.stored_dtype).removeprefix("torch.")}
+        # Below 6e-5 values are 2**-24 apart; most tensors are far above, and need no pass over them.
+        if largest**2 < tensor.numel() * 2.0**-43 and lost_in_half(tensor, stored):
+            raise WeightError(f"{row.tensor}: values up to {largest:.3g} are too small for float16; {remedy}")
+    return stored
 
 
 def _pack(weight: Tensor, row: Row, rounded: Rounded) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -187,6 +220,12 @@ def _pack(weight: Tensor, row: Row, rounded: Rounded) -> tuple[dict[str, Tensor]
     decoded = unpack(row.tensor, parts, entry)
     if not torch.equal(decoded.codes, rounded.q.codes):
         raise FormatError(f"{row.tensor}: packed codes do not unpack to themselves; this is a bug in bitwright")
+    if (problem := underflow(weight, decoded)) is not None:
+        wider = "" if row.method.grid != "native" or row.spec.scale_dtype != "float16" else "--set scale_dtype=bfloat16"
+        if decoded.outliers is not None and wider:
+            wider += " --set outliers=none"
+        keep = f"--set keep={row.module} --set kept_dtype=source"
+        raise WeightError(f"{problem}; use {wider + ', or ' if wider else ''}{keep}")
     details = {
         "method": row.method.name,
         "spec": row.spec.model_dump(mode="json"),
@@ -222,5 +261,8 @@ def _measure(weight: Tensor, decoded: QTensor) -> float | None:
         return squared_error(weight[rows].float(), decoded.rows(rows).dequantize())
 
     sums = spread(of_rows, row_chunks(decoded.shape))
+    if math.fsum(signal for _, signal in sums) < _LEAST_SIGNAL:
+        # squares of float32 below 1e-23 are zero
+        sums = [squared_error(weight.double(), decoded.dequantize().double())]
     value = sqnr_db(math.fsum(error for error, _ in sums), math.fsum(signal for _, signal in sums))
     return round(value, 4) if math.isfinite(value) else None

@@ -40,7 +40,7 @@ from bitwright.execute.local import ahead, default_workers, own_threads, torch_t
 from bitwright.execute.memory import peak_rss_bytes
 from bitwright.execute.shown import Shown
 from bitwright.formats.native import FORMAT_VERSION
-from bitwright.journey import Outcome, Record, check_finished, process_row, read_row
+from bitwright.journey import Outcome, Record, check_finished, check_values, process_row, read_row
 from bitwright.machine import Estimate, check_machine, estimate
 from bitwright.plan import Plan, make_plan, rotated_as_asked
 from bitwright.publish import check_written, finish, finished_manifest, silent
@@ -162,9 +162,12 @@ def quantize(
     out = Path(out)
     resolved = as_recipe(recipe, method, scheme)
     found = find_source(model)
-    identity = found.identity()
-    source = rotated_as_asked(settled(found), resolved)
+    identity, opened = found.identity(), settled(found)
+    source = rotated_as_asked(opened, resolved)
     plan = make_plan(source, resolved)
+    if not os.path.lexists(out):
+        # before anything that takes long: text, samples of the model, blocks
+        check_values(opened, plan.rows(), plan.inputs is not None)
     windows = _calibration(source, plan)
     job = _job(source, plan, windows)
     if os.path.lexists(out):

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitwright.checkpoint.agreement import agree
+from bitwright.checkpoint.finite import check_finite
 from bitwright.checkpoint.manifest import MANIFEST
-from bitwright.checkpoint.native_folder import check_finite, read_native
+from bitwright.checkpoint.native_folder import read_native
 from bitwright.checkpoint.open import find_source, model_name
 from bitwright.checkpoint.quiet import quiet_transformers
 from bitwright.checkpoint.source import HuggingFaceSource, Source, locate_tensors

@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from bitwright.checkpoint.agreement import agree
 from bitwright.checkpoint.manifest import MANIFEST, read_manifest
 from bitwright.checkpoint.shard import TensorInfo, file_sha256, read_header
-from bitwright.errors import CheckpointError, FormatError, PlanError, WeightError
-from bitwright.execute.local import spread
+from bitwright.errors import CheckpointError, FormatError, PlanError
 from bitwright.formats.native import (
     Sites,
     TensorEntry,
@@ -26,12 +23,10 @@ from bitwright.formats.native import (
     read_sites,
     read_tied,
 )
-from bitwright.numeric.measure import not_finite
 from bitwright.untrusted.boundary import reading
 from bitwright.untrusted.json_file import read_json
 from bitwright.untrusted.names import shards_of
 
-_PIECE = 1 << 17
 INDEX = "model.safetensors.index.json"
 
 
@@ -116,23 +111,6 @@ def check_sums(folder: Path, manifest: Mapping[str, Any]) -> None:
                 f"{path}: its SHA-256 is not that of {folder / 'manifest.json'}; the file was damaged or changed: copy "
                 "the folder again, or quantize the model again"
             )
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse a float tensor that is not finite throughout.
-
-    Raises:
-        WeightError: naming it, and how many of its values are NaN or infinite.
-    """
-    if not tensor.is_floating_point():
-        return
-    flat = tensor.detach().reshape(-1)
-    bad = sum(spread(lambda start: not_finite(flat[start : start + _PIECE]), range(0, tensor.numel(), _PIECE)))
-    if bad:
-        raise WeightError(
-            f"{name}: {bad} of {tensor.numel()} values are NaN or Inf, needed finite weights; "
-            "the checkpoint is damaged or diverged"
-        )
 
 
 def _headers(folder: Path, manifest: Mapping[str, Any]) -> dict[str, tuple[Path, TensorInfo]]:

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from bitwright.checkpoint.native_folder import INDEX, check_finite, check_sums, read_native
+from bitwright.checkpoint.finite import check_finite
+from bitwright.checkpoint.native_folder import INDEX, check_sums, read_native
 from bitwright.checkpoint.open import model_name
 from bitwright.checkpoint.place import appearing
 from bitwright.checkpoint.shard import TensorInfo, read_tensor, write_shard, write_text

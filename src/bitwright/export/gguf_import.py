@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bitwright import __about__
+from bitwright.checkpoint.agreement import agree
 from bitwright.checkpoint.gguf import GgufSource
 from bitwright.checkpoint.gguf_file import PLAIN, GgufHeader, GgufTensor, read_gguf_header
 from bitwright.checkpoint.manifest import write_manifest
@@ -63,6 +64,7 @@ def import_gguf(path: str | Path, out: str | Path, *, say: Say = silent, progres
     path, out = Path(path), Path(out)
     header = read_gguf_header(path)
     source = _source(path, header)
+    agree(str(path), source.config, source.tensors)
     stored = header.tensors
     model = gguf_model(source.config, {name: info.shape for name, info in source.tensors.items()})
     place = {name: stored[theirs] for name, theirs in model.names.items()}

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from bitwright import __about__
+from bitwright.checkpoint.agreement import Agreement, agree
+from bitwright.checkpoint.finite import check_finite
 from bitwright.checkpoint.manifest import write_manifest
 from bitwright.checkpoint.shard import TensorInfo, read_tensor, tensor_sha256
 from bitwright.checkpoint.side_files import copy_side_files
@@ -71,7 +73,8 @@ def import_folder(path: str | Path, out: str | Path, *, say: Say = silent, progr
         progress: is told of every shard.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged, or tensors and config.json contradict each other.
+        WeightError: a tensor in float holds NaN or Inf.
         FormatError: another format or version; a tensor of another type, width or shape than the config says;
             something that the native form cannot hold. Nothing is left of `out`.
         ResumeError: `out` exists.
@@ -83,14 +86,18 @@ def import_folder(path: str | Path, out: str | Path, *, say: Say = silent, progr
     with reading(path, FormatError):
         kv_scales = _take_kv_scales(place, reader)
         modules = _quantized_modules(place, reader)
-    _refuse_shared(config, modules)
+    agreement = _agreement(path, config, place, modules)
+    for name in agreement.left_out:
+        say(f"{name}: left out, the model has no use for it")
+        del place[name]
+    config, tied = _tie(config, agreement, place, modules)
     say(f"{path}: {len(modules)} matrices of {reader.name}")
     with new_folder(out) as working:
         writer = FolderWriter(working, {"bitwright": str(FORMAT_VERSION)})
-        done = _write_shards(writer, place, modules, reader, progress)
+        done = _write_shards(writer, place, modules, reader, agreement, progress)
         inputs = {name: site for name, site in done.sites.items() if site is not None}
         sites = Sites(inputs, reader.kv_cache, kv_scales)
-        writer.finish(config | {"quantization_config": quantization_config(done.entries, sites=sites)})
+        writer.finish(config | {"quantization_config": quantization_config(done.entries, tied, sites)})
         notes = tuple(copy_side_files(path, working))
         write_manifest(working, _manifest(path, config, quantization, writer, done.records), writer.sums)
     rows = tuple(
@@ -151,13 +158,42 @@ def _part_reader(module: str, own: Mapping[str, tuple[Path, TensorInfo]]) -> Cal
     return lambda part: read_tensor(own[part][0], f"{module}.{part}", own[part][1])
 
 
-def _refuse_shared(config: Mapping[str, Any], modules: Mapping[str, _Parts]) -> None:
-    outside = [module for module in modules if _BLOCK.search(f".{module}.") is None]
-    if outside and config.get("tie_word_embeddings", False):
+def _agreement(
+    path: Path,
+    config: Mapping[str, Any],
+    place: Mapping[str, tuple[Path, TensorInfo]],
+    modules: Mapping[str, _Parts],
+) -> Agreement:
+    """What the model of `config` makes of the folder's tensors; shapes of quantized weights are known once read."""
+    packed = {f"{module}.{part}" for module, source in modules.items() for part in source.infos}
+    floats = {name: info for name, (_, info) in place.items() if name not in packed}
+    return agree(str(path), config, floats, {f"{module}.weight": None for module in modules})
+
+
+def _tie(
+    config: dict[str, Any],
+    agreement: Agreement,
+    place: Mapping[str, tuple[Path, TensorInfo]],
+    modules: Mapping[str, _Parts],
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """`config`, and the head that shares a quantized embedding: what is stored decides, see `checkpoint.settle`."""
+    head, embedding = agreement.head, agreement.embedding
+    if head is None or embedding is None or not agreement.flag:
+        return config, {}
+    outside = {name.removesuffix(".weight") for name in (head, embedding)} & modules.keys()
+    if not agreement.ties or (
+        outside and {f"{module}.weight" for module in outside} | place.keys() >= {head, embedding}
+    ):
+        return config | {"tie_word_embeddings": False}, {}
+    if not outside:
+        return config, {}
+    module = min(outside)
+    if f"{module}.weight" == head:
         raise FormatError(
-            f"{outside[0]}: is quantized and config.json says tie_word_embeddings; a shared matrix cannot be imported: "
-            "set tie_word_embeddings to false if both are stored"
+            f"{embedding}: missing, and {head} is quantized; config.json has tie_word_embeddings, and an embedding "
+            "that shares a quantized head cannot be imported: quantize the float checkpoint instead"
         )
+    return config | {"tie_word_embeddings": False}, {head.removesuffix(".weight"): module}
 
 
 @dataclass(frozen=True)
@@ -172,6 +208,7 @@ def _write_shards(
     place: Mapping[str, tuple[Path, TensorInfo]],
     modules: Mapping[str, _Parts],
     reader: Reader,
+    agreement: Agreement,
     progress: Progress,
 ) -> _Done:
     """One shard for each block, and one for what lies outside them."""
@@ -186,13 +223,24 @@ def _write_shards(
         for name in shards[block]:
             if name in modules:
                 tensors |= _import_module(name, modules[name], reader, done)
+                _check_shape(name, done.entries[name], agreement)
             else:
                 path, info = place[name]
                 tensors[name] = read_tensor(path, name, info)
+                check_finite(name, tensors[name])
                 done.records.append(_kept_record(name, tensors[name]))
         writer.shard(f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors", tensors)
         progress("outside the blocks" if block < 0 else f"block {block}", number + 1, len(shards))
     return done
+
+
+def _check_shape(module: str, entry: TensorEntry, agreement: Agreement) -> None:
+    needed = agreement.shapes.get(f"{module}.weight")
+    if needed not in (None, entry.shape):
+        raise FormatError(
+            f"{module}: is a matrix {list(entry.shape)}, and the model of config.json needs {list(needed or ())}; the "
+            "folder is damaged, or its config.json belongs to another: download it again or correct the file"
+        )
 
 
 def _import_module(module: str, source: _Parts, reader: Reader, done: _Done) -> dict[str, Tensor]:

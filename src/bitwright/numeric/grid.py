@@ -43,11 +43,16 @@ def stored_scale(scale: Tensor, spec: WeightSpec) -> Tensor:
             f"a scale of {scale.abs().max().item():.3g} does not fit {spec.scale_dtype} (at most {info.max:.3g}); "
             "use --set scale_dtype=bfloat16"
         )
-    # float16 needs its subnormals: steps below 6e-5 occur. The other two reach 1e-38 without them.
-    smallest = 2.0**-24 if spec.scale_dtype == "float16" else info.smallest_normal
+    smallest = smallest_scale(spec)
     rounded = scale.to(spec.storage_dtype).float()
     tiny = rounded.abs() < smallest
     return torch.where(tiny, torch.copysign(torch.full_like(rounded, smallest), scale), rounded)
+
+
+def smallest_scale(spec: WeightSpec) -> float:
+    """The smallest magnitude that a stored scale has."""
+    # float16 needs its subnormals: steps below 6e-5 occur. The other two reach 1e-38 without them.
+    return 2.0**-24 if spec.scale_dtype == "float16" else torch.finfo(spec.storage_dtype).smallest_normal
 
 
 def stored_zero(zero: Tensor, spec: WeightSpec) -> Tensor:
