@@ -220,18 +220,21 @@ def _pack(weight: Tensor, row: Row, rounded: Rounded) -> tuple[dict[str, Tensor]
     decoded = unpack(row.tensor, parts, entry)
     if not torch.equal(decoded.codes, rounded.q.codes):
         raise FormatError(f"{row.tensor}: packed codes do not unpack to themselves; this is a bug in bitwright")
+    quality = _measure(weight, decoded)
+    keep = f"--set keep={row.module} --set kept_dtype=source"
     if (problem := underflow(weight, decoded)) is not None:
         wider = "" if row.method.grid != "native" or row.spec.scale_dtype != "float16" else "--set scale_dtype=bfloat16"
         if decoded.outliers is not None and wider:
             wider += " --set outliers=none"
-        keep = f"--set keep={row.module} --set kept_dtype=source"
         raise WeightError(f"{problem}; use {wider + ', or ' if wider else ''}{keep}")
+    if quality == 0 and not bool(decoded.dequantize().any()):
+        raise WeightError(f"all of it decodes to zero by method {row.method.name}; use another method, or {keep}")
     details = {
         "method": row.method.name,
         "spec": row.spec.model_dump(mode="json"),
         "outliers": entry.outliers,
         "outlier_value_bits": entry.value_bits,
-        "sqnr_db": _measure(weight, decoded),
+        "sqnr_db": quality,
         "fallbacks": list(rounded.fallbacks),
     }
     return {f"{row.module}.{name}": part for name, part in parts.items()}, details | rounded.details

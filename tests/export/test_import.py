@@ -363,13 +363,20 @@ def test_damaged_folders(foreign: Foreign) -> None:
     for content, message in (("{", "not JSON"), ("[]", "needed an object"), ("{}", "no quantization_config")):
         config.write_text(content)
         foreign.refused(message)
-    config.write_text(json.dumps(json.loads(text) | {"tie_word_embeddings": True}))
-    foreign.refused("lm_head: is quantized and config.json says tie_word_embeddings")
     config.write_text(text)
     save_file({"model.norm.weight": torch.ones(64)}, shard)
     foreign.refused("no tensors of compressed-tensors found")
     shard.unlink()
     foreign.refused("neither model.safetensors nor", CheckpointError)
+
+
+def test_a_stored_head_is_the_models_own_whatever_the_flag_says(foreign: Foreign) -> None:
+    folder = foreign.make("compressed-tensors")
+    config = foreign.path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    import_folder(foreign.path, foreign.out)
+    assert json.loads((foreign.out / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(logits(folder), logits(foreign.out))
 
 
 def test_existing_output_is_left_alone(foreign: Foreign) -> None:

@@ -31,6 +31,7 @@ from bitwright.analyze.sensitivity import Probes, Run, measure_sensitivity
 from bitwright.analyze.sets import CalibrationSet, SetMaker, SetSpec, parse_set
 from bitwright.analyze.summary import Summary
 from bitwright.analyze.target import TargetResult
+from bitwright.checkpoint.finite import check_source
 from bitwright.checkpoint.open import open_source
 from bitwright.checkpoint.source import Source
 from bitwright.errors import PlanError
@@ -200,6 +201,7 @@ def observe_model(
     """The part of `analyze` before the advice: draws, statistics, and a report that holds them; errors as there."""
     started = time.perf_counter()
     source = open_source(model)
+    check_source(source)
     adapter = adapter_for(source.config)
     maker = SetMaker(source, budget.windows, budget.window_tokens, out / "samples")
     specs, notes = _specs(budget, sets, maker)

@@ -42,3 +42,14 @@ def finite_tensors(source: Source, names: Iterable[str]) -> Iterator[tuple[str, 
     for name, values in zip(ordered, ahead(source.read, ordered), strict=True):
         check_finite(name, values)
         yield name, values
+
+
+def check_source(source: Source) -> None:
+    """Check that every tensor of `source` is finite, before work that takes long.
+
+    Raises:
+        CheckpointError: a tensor cannot be read.
+        WeightError: one holds NaN or Inf; it is named.
+    """
+    for _ in finite_tensors(source, source.tensors):
+        pass
