@@ -146,8 +146,16 @@ class _Model:
         return theirs, [theirs, *(theirs.replace(first, other) for other in others)]
 
     def stored_name(self, name: str | None) -> str | None:
-        """The name in the checkpoint of a tensor of the model."""
-        return next((stored for stored, theirs in self.names.items() if theirs == name), name)
+        """The name in the checkpoint of a tensor of the model: as it is stored, or as it would be."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        if name is None:
+            return None
+        stored = next((stored for stored, theirs in self.names.items() if theirs == name), None)
+        if stored is None and name in self.shapes:
+            alone = revert_weight_conversion(self.skeleton, {name: self.skeleton.state_dict()[name]})
+            return str(next(iter(alone), name))
+        return stored or name
 
     def ancestor(self, name: str) -> str:
         """The nearest module around a tensor called `name` that the model has; empty for the model itself."""
@@ -237,7 +245,8 @@ def _missing(model: _Model) -> Iterable[str]:
         local = ".".join(first.split(".")[-2:])
         alone = not any(name.endswith(f".{local}") for name in model.names)
         keys = missing_key(model.skeleton.config, first, first == model.head) if alone else ""
-        yield f"tensor {first} is missing ({len(model.missing)} such), needed {list(model.shapes[first])}{keys}"
+        stored = model.stored_name(first)
+        yield f"tensor {stored} is missing ({len(model.missing)} such), needed {list(model.shapes[first])}{keys}"
 
 
 def _unexpected(model: _Model) -> Iterable[str]:
