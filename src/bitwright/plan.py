@@ -8,8 +8,8 @@ bounds memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,10 @@ class Plan(Shown):
     """The head that shares a quantized embedding, if any."""
     kv_cache: KvSpec | None = None
     """How the KV cache is quantized; None: it stays in float."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Of the float model: the content of its config.json."""
+    left_out: tuple[str, ...] = ()
+    """Tensors of its files that the model has no use for."""
 
     def rows(self) -> Iterator[Row]:
         """Every row, in the order of travel."""
@@ -101,6 +105,7 @@ class Plan(Shown):
         """The plan for `plan --json`."""
         return {
             "source": self.source,
+            "left_out": list(self.left_out),
             "recipe": self.recipe.model_dump(mode="json"),
             "bytes": self.bytes,
             "source_bytes": self.source_bytes,
@@ -169,7 +174,9 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
             planner.refusals.add(str(error))
     if planner.refusals:
         raise PlanError(f"{source.label}: {planner.refusals}")
-    return Plan(source.label, recipe, adapter, units, planner.tied_head, planner.kv_cache)
+    return Plan(
+        source.label, recipe, adapter, units, planner.tied_head, planner.kv_cache, source.config, source.left_out
+    )
 
 
 class _Planner:

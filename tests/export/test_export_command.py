@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,13 @@ def test_a_plan_is_refused_where_its_result_would_be(
     with pytest.raises(FormatError):
         export_model(tmp_path / "out", place, target)
     assert not place.exists()
+
+
+def test_a_model_that_llama_cpp_does_not_have_is_refused_before_any_work(tiny_llama_folder: Path) -> None:
+    planned = bitwright.plan(str(tiny_llama_folder), "rtn", "w4a16g32-sym")
+    refuse_early(planned, "gguf")
+    with pytest.raises(FormatError, match="hidden_act is 'gelu'"):
+        refuse_early(replace(planned, config={**planned.config, "hidden_act": "gelu"}), "gguf")
 
 
 def test_names_that_nothing_has(tiny_llama_folder: Path, tmp_path: Path) -> None:

@@ -139,7 +139,9 @@ def test_what_the_model_has_no_use_for_is_left_out(
         "mtp.layers.0.proj.weight": torch.ones(64, 64),
     }
     damaged.tensors(lambda stored: stored.update(extra if "model.norm.weight" in stored else {}))
-    COMMANDS[command][1](str(damaged.folder), tmp_path / "out")
+    done = COMMANDS[command][1](str(damaged.folder), tmp_path / "out")
+    if isinstance(done, bitwright.Plan):
+        assert set(done.left_out) == extra.keys()
     if command in ("quantize", "import"):
         export_model(tmp_path / "out", tmp_path / "exported", "hf")
         stored: Tensors = {}

@@ -13,6 +13,7 @@ from bitwright.export.float_folder import export_float
 from bitwright.export.folder import ExportResult, Progress, Say, silent, unseen
 from bitwright.export.gguf import export_gguf
 from bitwright.export.gguf_import import import_gguf
+from bitwright.export.gguf_model import gguf_model
 from bitwright.export.gptq import export_awq, export_gptq
 from bitwright.export.importing import import_folder
 from bitwright.formats import compressed_tensors, gptq
@@ -77,10 +78,12 @@ def refuse_early(plan: Plan, target: Target) -> None:
     What only the finished codes tell, such as a zero that a reader would misread, is left to the export.
 
     Raises:
-        FormatError: the format cannot hold a tensor; the message names the first.
+        FormatError: the format cannot hold the model or a tensor; the message names the first.
     """
     if target == "hf":
         return
+    if target == "gguf":
+        gguf_model(plan.config, {row.tensor: row.shape for row in plan.rows() if row.action != "tied"})
     for row in plan.rows():
         if row.spec is None:
             continue

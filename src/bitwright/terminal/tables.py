@@ -66,8 +66,11 @@ def show_plan(plan: Plan, needs: Estimate, every_row: bool) -> None:
 
 
 def show_expectation(plan: Plan, needs: Estimate, stderr: bool = False) -> None:
-    """One line: what becomes of the bytes, and what the job will need."""
+    """One line: what becomes of the bytes, and what the job will need; and what the model has no use for."""
     on = error_console if stderr else console
+    if plan.left_out:
+        more = f" and {len(plan.left_out) - 1} more" if len(plan.left_out) > 1 else ""
+        say(f"Left out, as the model has no use for it: {plan.left_out[0]}{more}.", on=on)
     say(
         f"{size(plan.source_bytes)} become about {size(plan.bytes)}. Expected with {needs.workers} workers: "
         f"{duration(needs.seconds)}, peak memory {size(needs.peak_rss_bytes)}, disk {size(needs.disk_bytes)}.",

@@ -108,6 +108,7 @@ class _RotatedSource(Source):
     def __init__(self, source: Source, adapter: Adapter, settings: Rotate, seed: int, dtype: torch.dtype):
         _check_architecture(adapter, settings)
         self.label, self.config, self.tensors = source.label, source.config, source.tensors
+        self.left_out = source.left_out
         self._source, self._adapter, self._seed, self._dtype = source, adapter, seed, dtype
         self._tag = f"{settings.model_dump_json()} seed {seed} {dtype}"
         self._blocks = block_count(source.config)
