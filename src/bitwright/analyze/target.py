@@ -27,6 +27,7 @@ from bitwright.analyze.rounds import SENSITIVITY, SUFFIX, Rounds, refuse_existin
 from bitwright.analyze.sensitivity import Cost, Measure, Probes, Run, Sensitivity, measure_sensitivity, withheld
 from bitwright.calibration.sample import sample_from_model
 from bitwright.calibration.tokens import TokenWindows, calibration_windows
+from bitwright.checkpoint.finite import check_source
 from bitwright.checkpoint.load import load_model, load_tokenizer
 from bitwright.checkpoint.open import open_source
 from bitwright.checkpoint.shard import write_text
@@ -203,6 +204,7 @@ class _Job:
         first = Recipe(method=self.choices[0].method, scheme=self.choices[0].scheme)
         self.base = options.base or first
         self.source = open_source(model)
+        check_source(self.source)
         self.budget = self._budget()
         own, held = self._windows()
         self.calibration, self.held_out = own, held[options.probe_windows :]
