@@ -27,6 +27,7 @@ from bitwright.analyze.svg import number
 from bitwright.analyze.thresholds import metrics
 from bitwright.checkpoint.shard import write_shard, write_text
 from bitwright.errors import EvaluationError
+from bitwright.execute.shown import visible
 from bitwright.numeric.settings import Settings, explain
 from bitwright.untrusted.json_file import read_json
 
@@ -42,6 +43,8 @@ TILES = {
 }
 """Figures at the top of the page, by metric."""
 _WORST_SITES = 12
+# What a cell of a formula begins with.
+_FORMULAS = ("=", "+", "-", "@")
 
 
 def write_report(report: Report, out: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -80,7 +83,12 @@ def read_report(path: Path) -> Report:
 def render(report: Report) -> str:
     """The page as one HTML file: no scripts, nothing fetched, light or dark as the reader's system is."""
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else _shown(value),
     )
     environment.filters["number"] = number
     template = resources.files("bitwright.analyze") / "report.html.j2"
@@ -92,6 +100,10 @@ def render(report: Report) -> str:
         sections=_sections(report),
         worst=_worst_sites(report),
     )
+
+
+def _shown(text: str) -> str:
+    return visible(text, keep="\n")
 
 
 def tables(report: Report) -> dict[str, Sequence[Settings]]:
@@ -144,8 +156,19 @@ def _csv(rows: Sequence[Settings]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(flat)
+    writer.writerows({column: as_cell(value) for column, value in row.items()} for row in flat)
     return text.getvalue()
+
+
+def as_cell(value: Any) -> Any:
+    """`value` as a cell of CSV: a text stays one in programs that would run what begins like a formula.
+
+    Such a text gets an apostrophe in front, as spreadsheets themselves write it.
+    """
+    if not isinstance(value, str):
+        return value
+    found = visible(value)
+    return f"'{found}" if found.lstrip().startswith(_FORMULAS) else found
 
 
 def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
