@@ -14,6 +14,7 @@ from bitwright.checkpoint.shard import read_header, tensor_sha256, write_text
 from bitwright.checkpoint.source import Source
 from bitwright.errors import FormatError, ResumeError
 from bitwright.execute.local import ahead
+from bitwright.formats.folder import INDEX, native_config
 from bitwright.formats.native import Sites, quantization_config
 from bitwright.journey import Record, recorded_kv_scales, stored_entry
 from bitwright.plan import Plan
@@ -37,14 +38,14 @@ def finish(
     journal.remove_strangers()
     shards = [journal.done[plan.shard_name(index)] for index in range(len(plan.units))]
     records = [record for shard in shards for record in shard["records"]]
-    config = source.config | {"quantization_config": _quantization_config(plan, records)}
+    config = native_config(source.config, _quantization_config(plan, records))
     if plan.tied_head is not None:
         # transformers would otherwise tie the head to a float weight that no longer exists.
         config["tie_word_embeddings"] = False
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     weight_map = {name: shard["shard"] for shard in shards for name in read_header(folder / shard["shard"])[0]}
     index = {"metadata": {"total_size": sum(r["bytes"] for r in records)}, "weight_map": weight_map}
-    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1, sort_keys=True) + "\n")
+    write_text(folder / INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
     notes = source.write_side_files(folder)
     content = {
         "job": {key: value for key, value in job.items() if key != "source_files"},

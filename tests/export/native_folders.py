@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from bitwright.checkpoint.manifest import read_manifest, write_manifest
 from bitwright.checkpoint.shard import write_shard
+from bitwright.formats.folder import INDEX, native_config
 from bitwright.formats.native import Sites, TensorEntry, pack, quantization_config
 from bitwright.numeric.activation import InputSite, KvSpec
 from bitwright.numeric.fp8 import KvScales
@@ -87,12 +88,12 @@ class NativeFolders:
                 records.append(record(name, "keep", tensor))
         ties = {"lm_head": EMBEDDING} if shared else None
         scales = KV_SCALES if kv_cache is not None and kv_cache.grid == "fp8" else {}
-        config = model.config.to_dict() | {
+        plain = model.config.to_dict() | {
             "architectures": ["LlamaForCausalLM"],
             "dtype": "float16",
             "tie_word_embeddings": tied and not shared,
-            "quantization_config": quantization_config(entries, ties, Sites(inputs, kv_cache, scales)),
         }
+        config = native_config(plain, quantization_config(entries, ties, Sites(inputs, kv_cache, scales)))
         config.pop("torch_dtype", None)
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "tokenizer.json").write_text("{}")
@@ -102,7 +103,7 @@ class NativeFolders:
         for shard, content in zip(names, (dict(items[:half]), dict(items[half:])), strict=True):
             write_shard(folder / shard, content, {"format": "pt"})
         weight_map = {name: names[number >= half] for number, name in enumerate(tensors)}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
         content = {"job": {}, "source_label": "tiny", "recipe": {}, "shards": names, "tensors": records}
         write_manifest(folder, content, {})
         return folder

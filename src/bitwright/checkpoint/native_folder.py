@@ -14,6 +14,7 @@ from bitwright.checkpoint.agreement import agree
 from bitwright.checkpoint.manifest import MANIFEST, read_manifest
 from bitwright.checkpoint.shard import TensorInfo, file_sha256, read_header
 from bitwright.errors import CheckpointError, FormatError, PlanError
+from bitwright.formats.folder import INDEX, PLAIN_INDEX, WEIGHTS_KEY
 from bitwright.formats.native import (
     Sites,
     TensorEntry,
@@ -27,8 +28,6 @@ from bitwright.untrusted.boundary import reading
 from bitwright.untrusted.json_file import read_json
 from bitwright.untrusted.names import shards_of
 
-INDEX = "model.safetensors.index.json"
-
 
 @dataclass(frozen=True)
 class NativeHeaders:
@@ -36,7 +35,7 @@ class NativeHeaders:
 
     Attributes:
         manifest: content of `manifest.json`.
-        config: content of `config.json` without `quantization_config`.
+        config: content of `config.json` without `quantization_config` and the note to loaders.
         entries: quantized modules by name.
         sites: what is quantized besides weights.
         tied: head -> quantized embedding whose tensors it shares.
@@ -67,6 +66,7 @@ def read_native(folder: Path) -> NativeHeaders:
 def _read_native(folder: Path) -> NativeHeaders:
     manifest, config = read_manifest(folder), read_config(folder)
     quantization = config.pop("quantization_config")
+    config.pop(WEIGHTS_KEY, None)
     entries, sites, tied = read_quantization_config(quantization), read_sites(quantization), read_tied(quantization)
     place = _headers(folder, manifest)
     packed = set()
@@ -104,7 +104,7 @@ def check_sums(folder: Path, manifest: Mapping[str, Any]) -> None:
         FormatError: a file is not what was written.
     """
     files = manifest["files"]
-    for name in (*manifest["shards"], INDEX, "config.json"):
+    for name in (*manifest["shards"], INDEX, PLAIN_INDEX, "config.json"):
         path = folder / name
         if name in files and path.exists() and file_sha256(path) != files[name]:
             raise FormatError(

@@ -15,6 +15,7 @@ from bitwright.checkpoint.shard import TensorInfo, read_header, read_tensor
 from bitwright.checkpoint.side_files import copy_side_files
 from bitwright.errors import CheckpointError
 from bitwright.formats import compressed_tensors, config
+from bitwright.formats.folder import INDEX, PLAIN_INDEX
 from bitwright.untrusted.json_file import read_json
 from bitwright.untrusted.names import shards_of
 
@@ -110,19 +111,21 @@ def _quantized_already(settings: Any, folder: Path) -> str:
 
 def locate_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     """Every tensor's file and header entry; the index and the shards must agree."""
-    index_path, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index_path.exists() and single.exists():
+    indexes = [path for path in (folder / INDEX, folder / PLAIN_INDEX) if path.exists()]
+    single = folder / "model.safetensors"
+    if indexes and single.exists():
         raise CheckpointError(
-            f"{folder}: both {index_path.name} and {single.name} are there, and programs differ in which they read; "
+            f"{folder}: both {indexes[0].name} and {single.name} are there, and programs differ in which they read; "
             "remove one of them"
         )
-    if not index_path.exists():
+    if not indexes:
         if not single.exists():
             raise CheckpointError(
-                f"{folder}: neither model.safetensors nor model.safetensors.index.json found; "
+                f"{folder}: neither model.safetensors nor {PLAIN_INDEX} found; "
                 "convert older .bin weights with transformers' save_pretrained first"
             )
         return {name: (single, info) for name, info in read_header(single)[0].items()}
+    index_path = indexes[0]
     weight_map = read_json(index_path, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path}: no weight_map")

@@ -16,13 +16,14 @@ from typing import Any, Literal
 from torch import Tensor
 
 from bitwright.checkpoint.finite import check_finite
-from bitwright.checkpoint.native_folder import INDEX, check_sums, read_native
+from bitwright.checkpoint.native_folder import check_sums, read_native
 from bitwright.checkpoint.open import model_name
 from bitwright.checkpoint.place import appearing
 from bitwright.checkpoint.shard import TensorInfo, read_tensor, write_shard, write_text
 from bitwright.checkpoint.side_files import copy_side_files
 from bitwright.errors import CheckpointError, FormatError, PlanError
 from bitwright.execute.shown import Shown
+from bitwright.formats.folder import PLAIN_INDEX
 from bitwright.formats.native import (
     Sites,
     TensorEntry,
@@ -124,7 +125,7 @@ class NativeFolder:
 
     folder: Path
     config: dict[str, Any]
-    """`config.json` without `quantization_config`."""
+    """`config.json` without `quantization_config` and the note to loaders."""
     entries: dict[str, TensorEntry]
     sites: Sites
     tied: dict[str, str]
@@ -284,10 +285,10 @@ class FolderWriter:
         self._weight_map.update(dict.fromkeys(tensors, name))
         self._bytes += sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
 
-    def finish(self, config: Mapping[str, Any]) -> None:
-        """Write the index and `config.json`."""
+    def finish(self, config: Mapping[str, Any], index_name: str = PLAIN_INDEX) -> None:
+        """Write the index, under the name that the format has for it, and `config.json`."""
         index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
-        write_json(self.folder / INDEX, index)
+        write_json(self.folder / index_name, index)
         write_json(self.folder / "config.json", config)
 
 

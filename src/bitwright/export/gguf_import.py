@@ -28,6 +28,7 @@ from bitwright.export.gguf_gemma3 import ARCHITECTURE as GEMMA3
 from bitwright.export.gguf_gemma3 import Gemma3Source
 from bitwright.export.gguf_model import GgufModel, gguf_model, rope_halves
 from bitwright.export.gguf_tokenizer_import import write_tokenizer
+from bitwright.formats.folder import INDEX, native_config
 from bitwright.formats.gguf import TYPES, decode, dequantized, tolerance
 from bitwright.formats.gguf_codebook import CODEBOOK_TYPES, decode_codebook
 from bitwright.formats.native import FORMAT_VERSION, TensorEntry, pack, packed_bytes, quantization_config
@@ -85,7 +86,7 @@ def import_gguf(path: str | Path, out: str | Path, *, say: Say = silent, progres
                 weights += math.prod(place[name].shape)
                 progress(name, weights, total)
             writer.shard(f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors", tensors)
-        writer.finish(_config(source, done))
+        writer.finish(_config(source, done), INDEX)
         write_manifest(working, _manifest(source, writer, done), writer.sums)
     return ExportResult(out, "bitwright, from gguf", tuple(done.rows))
 
@@ -189,7 +190,7 @@ def _config(source: GgufSource | Gemma3Source, done: _Done) -> dict[str, Any]:
         )
         if _EMBEDDING in done.entries:
             tied, config["tie_word_embeddings"] = {_HEAD: _EMBEDDING}, False
-    return config | {"quantization_config": quantization_config(done.entries, tied)}
+    return native_config(config, quantization_config(done.entries, tied))
 
 
 def _manifest(source: GgufSource | Gemma3Source, writer: FolderWriter, done: _Done) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from bitwright.export.folder import (
 )
 from bitwright.export.reading import Reader, reader_of
 from bitwright.formats.compressed_tensors_config import is_kv_part, read_kv_scales
+from bitwright.formats.folder import INDEX, native_config
 from bitwright.formats.native import (
     FORMAT_VERSION,
     Sites,
@@ -97,7 +98,7 @@ def import_folder(path: str | Path, out: str | Path, *, say: Say = silent, progr
         done = _write_shards(writer, place, modules, reader, agreement, progress)
         inputs = {name: site for name, site in done.sites.items() if site is not None}
         sites = Sites(inputs, reader.kv_cache, kv_scales)
-        writer.finish(config | {"quantization_config": quantization_config(done.entries, tied, sites)})
+        writer.finish(native_config(config, quantization_config(done.entries, tied, sites)), INDEX)
         notes = tuple(copy_side_files(path, working))
         write_manifest(working, _manifest(path, config, quantization, writer, done.records), writer.sums)
     rows = tuple(

@@ -26,6 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitwright.errors import FormatError
+from bitwright.formats.folder import INDEX, PLAIN_INDEX, WEIGHTS_KEY
 from bitwright.formats.native import (
     QUANT_METHOD,
     TensorEntry,
@@ -42,6 +43,7 @@ from bitwright.numeric.hadamard import hadamard_blocks
 from bitwright.numeric.measure import not_finite
 from bitwright.runtime.attention import KvQuantization, quantize_kv
 from bitwright.runtime.linear import PackedModule, QuantizedEmbedding, QuantizedLinear, TiedLinear
+from bitwright.runtime.saving import refuse_other_savers, save_as_usual, save_packed
 from bitwright.untrusted.json_file import read_json
 from bitwright.untrusted.names import shards_of
 
@@ -100,12 +102,16 @@ class BitwrightQuantizer(HfQuantizer):
         self._kv_cache: KvQuantization | None = None
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """`config` as it is; called by transformers before it opens any file of weights.
+        """Name the index instead of the note that keeps others away; attention stays as it is.
+
+        Called by transformers before it looks for the files of weights, as nothing else here is that gets the config.
 
         Raises:
             FormatError: the index names files that are no safetensors of the folder.
         """
-        index = Path(str(getattr(config, "name_or_path", ""))) / "model.safetensors.index.json"
+        if getattr(config, WEIGHTS_KEY, None) is not None:
+            setattr(config, WEIGHTS_KEY, INDEX)
+        index = Path(str(getattr(config, "name_or_path", ""))) / (getattr(config, WEIGHTS_KEY, None) or PLAIN_INDEX)
         if index.is_file():
             weight_map = read_json(index, FormatError).get("weight_map")
             names = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
@@ -189,10 +195,12 @@ class BitwrightQuantizer(HfQuantizer):
                 self._kv_cache = quantize_kv(model, sites.kv_cache, sites.kv_scales)
             except ValueError as error:
                 raise FormatError(f"quantization_config.kv_cache: {error}") from error
+        save_packed(model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         """Plain modules with the decoded weights, for inputs as they come; nothing else is quantized any more."""
+        save_as_usual(model)
         if self._kv_cache is not None:
             self._kv_cache.remove()
         heads = {name: module for name, module in model.named_modules() if isinstance(module, TiedLinear)}
@@ -207,6 +215,11 @@ class BitwrightQuantizer(HfQuantizer):
             model.config.tie_word_embeddings = True
             model.tie_weights()
         return model.to(dtype)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:
+        """Called by transformers when the model is saved: as it is, by its own way."""
+        refuse_other_savers()
+        return None, {}
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the parts as they were loaded."""
