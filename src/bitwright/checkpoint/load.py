@@ -22,6 +22,7 @@ from bitwright.checkpoint.open import find_source, model_name
 from bitwright.checkpoint.quiet import quiet_transformers
 from bitwright.checkpoint.source import HuggingFaceSource, Source, locate_tensors
 from bitwright.errors import CheckpointError
+from bitwright.formats.folder import WEIGHTS_KEY
 from bitwright.formats.native import QUANT_METHOD
 from bitwright.untrusted.boundary import reading
 from bitwright.untrusted.json_file import read_json
@@ -131,9 +132,11 @@ def _refuse_redirection(folder: Path) -> None:
             f"{folder / ADAPTER}: an adapter (LoRA) lies beside the weights; merge it into them with PEFT's "
             "merge_and_unload, or remove its files"
         )
-    if read_json(folder / "config.json", CheckpointError).get("transformers_weights") is not None:
+    config = read_json(folder / "config.json", CheckpointError)
+    # Of a folder that bitwright wrote, its quantizer says where the index is, whatever stands there.
+    if config.get(WEIGHTS_KEY) is not None and not _is_quantized(folder):
         raise CheckpointError(
-            f"{folder / 'config.json'}: transformers_weights names other files than model.safetensors; remove the key"
+            f"{folder / 'config.json'}: {WEIGHTS_KEY} names other files than model.safetensors; remove the key"
         )
 
 

@@ -111,21 +111,21 @@ def _quantized_already(settings: Any, folder: Path) -> str:
 
 def locate_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     """Every tensor's file and header entry; the index and the shards must agree."""
-    indexes = [path for path in (folder / INDEX, folder / PLAIN_INDEX) if path.exists()]
     single = folder / "model.safetensors"
-    if indexes and single.exists():
+    found = [path for path in (folder / INDEX, folder / PLAIN_INDEX, single) if path.exists()]
+    if len(found) > 1:
         raise CheckpointError(
-            f"{folder}: both {indexes[0].name} and {single.name} are there, and programs differ in which they read; "
+            f"{folder}: both {found[0].name} and {found[1].name} are there, and programs differ in which they read; "
             "remove one of them"
         )
-    if not indexes:
-        if not single.exists():
-            raise CheckpointError(
-                f"{folder}: neither model.safetensors nor {PLAIN_INDEX} found; "
-                "convert older .bin weights with transformers' save_pretrained first"
-            )
+    if not found:
+        raise CheckpointError(
+            f"{folder}: neither model.safetensors nor {PLAIN_INDEX} found; "
+            "convert older .bin weights with transformers' save_pretrained first"
+        )
+    if found == [single]:
         return {name: (single, info) for name, info in read_header(single)[0].items()}
-    index_path = indexes[0]
+    (index_path,) = found
     weight_map = read_json(index_path, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path}: no weight_map")
