@@ -18,7 +18,6 @@ import bitwright
 import bitwright.terminal.tables as show
 from bitwright.calibration.text import Layout
 from bitwright.errors import BitwrightError, EvaluationError, RecipeError
-from bitwright.recipes.presets import method_names, read_preset
 from bitwright.terminal.choice import one_of
 from bitwright.terminal.progress import progress
 from bitwright.terminal.text import Styled, error_console, say, say_prose
@@ -65,6 +64,8 @@ def root(
 @app.command()
 def methods() -> None:
     """List the methods that ship with bitwright."""
+    from bitwright.recipes.presets import method_names, read_preset
+
     for name in method_names():
         say(Styled(name, "bold"), f"  {read_preset(name)['summary']}")
 

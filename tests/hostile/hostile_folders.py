@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitwright.checkpoint.manifest import read_manifest, write_manifest
+from bitwright.formats.folder import INDEX, PLAIN_INDEX
 
 Tensors = dict[str, Tensor]
 Change = Callable[[Tensors], object]
@@ -37,9 +38,9 @@ class Damaged:
             change(stored)
             save_file({name: t.contiguous() for name, t in stored.items()}, path, {"format": "pt"})
             place |= dict.fromkeys(stored, path.name)
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            index.write_text(json.dumps({"metadata": {}, "weight_map": place}))
+        for index in (self.folder / INDEX, self.folder / PLAIN_INDEX):
+            if index.exists():
+                index.write_text(json.dumps({"metadata": {}, "weight_map": place}))
 
     def reseal(self) -> None:
         """Write a manifest of what the files are now."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
 
 _TABLE = "transformers.quantizers.auto"
 
@@ -33,8 +35,11 @@ def _register() -> None:
         module.register()
 
 
-class _Finder(MetaPathFinder):
-    """Finds nothing itself; lets the table of quantizers be loaded by a `_Loader`."""
+class _Finder:
+    """Finds nothing itself; lets the table of quantizers be loaded by a `_Loader`.
+
+    Not derived from importlib's base class, which takes longer to import than the rest of the package.
+    """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """What the other finders find, for the one module that is meant."""
@@ -44,11 +49,11 @@ class _Finder(MetaPathFinder):
         found = (finder.find_spec(name, path, target) for finder in others)
         spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = cast("Loader", _Loader(spec.loader))
         return spec
 
 
-class _Loader(Loader):
+class _Loader:
     """Loads as `loader` does, and registers."""
 
     def __init__(self, loader: Loader) -> None:
