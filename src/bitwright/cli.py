@@ -16,7 +16,7 @@ import typer
 
 import bitwright
 import bitwright.terminal.tables as show
-from bitwright.calibration.text import Layout
+from bitwright.calibration.layouts import Layout
 from bitwright.errors import BitwrightError, EvaluationError, RecipeError
 from bitwright.terminal.choice import one_of
 from bitwright.terminal.progress import progress
@@ -176,13 +176,14 @@ def evaluate(
     length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
     protocol: Annotated[Protocol, one_of(Protocol, "--protocol", help="How windows are cut from the text.")] = "gptq",
     layout: Annotated[Layout, one_of(Layout, "--layout", help="How a text file becomes one text.")] = "auto",
+    field: Annotated[str | None, typer.Option(help="The column of a data set that is its text.")] = None,
     allow_overlap: Annotated[
         bool, typer.Option("--allow-overlap", help="Evaluate on text that the model was calibrated on.")
     ] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Measure perplexity and, with --against, the distance to the float model."""
-    options = bitwright.EvalOptions(windows=windows, length=length, protocol=protocol, allow_overlap=allow_overlap)
+    options = bitwright.EvalOptions(windows, length, protocol, allow_overlap, field)
     with progress("evaluating") as told:
         evaluation = bitwright.eval(
             model,
@@ -307,6 +308,7 @@ def generate(
     result = bitwright.generate(model, prompt, tokens=tokens, chat=chat)
     say_prose(result.text)
     loop = "" if result.fallback is None else f", in transformers' own loop: {result.fallback}"
+    loop += "" if result.template is None else f", {result.template}"
     say(Styled(f"{result.tokens} tokens in {result.seconds:.1f} s{loop}", "dim"), on=error_console)
 
 

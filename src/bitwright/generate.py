@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.checkpoint.load import load_model
+from bitwright.calibration.chat import chosen_template, render
+from bitwright.checkpoint.load import load_model, tokenizer_of
 from bitwright.errors import CheckpointError, EvaluationError
 from bitwright.execute.shown import Shown
 from bitwright.runtime.decode import LeanDecoder, supports
@@ -48,6 +49,7 @@ class Generation(Shown):
     """A continuation and how fast it came.
 
     `fallback`: why transformers' own loop made it and not the lean decode path; None where that did.
+    `template`: which chat template the prompt went through, where the tokenizer has several.
     """
 
     prompt: str
@@ -55,6 +57,7 @@ class Generation(Shown):
     tokens: int
     seconds: float
     fallback: str | None = None
+    template: str | None = None
 
     def facts(self) -> dict[str, str]:
         """See `Shown.facts`."""
@@ -68,13 +71,16 @@ def generate(model: str, prompt: str, *, tokens: int = 32, chat: bool = False) -
 
     Raises:
         CheckpointError, FormatError: the model cannot be loaded.
-        EvaluationError: the prompt is empty, or `tokens` is not positive.
+        EvaluationError: the prompt is empty, `tokens` is not positive, or `chat` is asked for and the tokenizer has no
+            chat template, or one that fails.
     """
     if not prompt or tokens < 1:
         raise EvaluationError(f"a prompt and a positive number of tokens are needed, got {prompt!r} and {tokens}")
+    tokenizer = tokenizer_of(model)
+    template, text = _chat(tokenizer, model, prompt) if chat else (None, prompt)
     loaded = load_model(model)
-    with reading(f"{model}, its tokenizer or chat template", CheckpointError):
-        inputs = _inputs(loaded.tokenizer, prompt, chat)
+    with reading(f"{model}, its tokenizer", CheckpointError):
+        inputs = tokenizer(text, return_tensors="pt")
     ids = inputs["input_ids"]
     check_ids(ids, embedding_rows(loaded.model), f"{model}: the prompt", CheckpointError)
     length = ids.shape[1] + tokens
@@ -89,20 +95,21 @@ def generate(model: str, prompt: str, *, tokens: int = 32, chat: bool = False) -
                 attention_mask=inputs["attention_mask"],
                 max_new_tokens=tokens,
                 do_sample=False,
-                pad_token_id=loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             )
         new = output[0, ids.shape[1] :].tolist()
     seconds = time.perf_counter() - started
-    return Generation(prompt, loaded.tokenizer.decode(new, skip_special_tokens=True), len(new), seconds, fallback)
+    said = tokenizer.decode(new, skip_special_tokens=True)
+    return Generation(prompt, said, len(new), seconds, fallback, template)
 
 
-def _inputs(tokenizer: Any, prompt: str, chat: bool) -> Any:
-    """Ids and mask of the prompt, through the chat template where that is asked for."""
-    text: Any = prompt
-    if chat and getattr(tokenizer, "chat_template", None):
+def _chat(tokenizer: Any, model: str, prompt: str) -> tuple[str | None, str]:
+    """Which of several templates is used, and the prompt as a user's message in it."""
+    try:
         message = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, return_tensors="pt")
+        return chosen_template(tokenizer), render(tokenizer, message, answer=True)
+    except EvaluationError as error:
+        raise EvaluationError(f"{model}: {error}; or leave --chat out to continue the prompt as it is") from error
 
 
 def _lean(decoder: LeanDecoder, ids: Tensor, tokens: int, ends: set[int]) -> list[int]:

@@ -225,9 +225,9 @@ def _calibration(source: Source, plan: Plan) -> TokenWindows | None:
         return None
     settings, seed = plan.recipe.calibration, plan.recipe.seed
     if settings.text == "self":
-        loaded = load_model(plan.source)
-        return calibration_windows(settings, loaded.tokenizer, seed, partial(sample_from_model, loaded.model))
-    return calibration_windows(settings, load_tokenizer(source), seed)
+        return calibration_windows(settings, None, seed, partial(sample_from_model, load_model(plan.source).model))
+    tokenizer = load_tokenizer(source) if settings.needs_tokenizer else None
+    return calibration_windows(settings, tokenizer, seed, vocabulary=source.config.get("vocab_size"))
 
 
 class _Report:

@@ -6,6 +6,7 @@ import hashlib
 
 import pytest
 
+from bitwright.calibration import layouts
 from bitwright.calibration import text as module
 from bitwright.calibration.text import Text, builtin, load_text, paragraphs
 from bitwright.errors import EvaluationError
@@ -67,7 +68,7 @@ def test_original_rows_are_rebuilt_only_when_the_original_is_known(tmp_path, mon
     path.write_text("\n".join(ROWS) + "\n", encoding="utf-8")
     with pytest.raises(EvaluationError, match=r"wiki\.txt.*no known original.*--layout wikitext"):
         load_text(path, layout="wikitext-original")
-    monkeypatch.setattr(module, "ORIGINALS", {hashlib.sha256(ORIGINAL.encode()).hexdigest(): "test"})
+    monkeypatch.setattr(layouts, "ORIGINALS", {hashlib.sha256(ORIGINAL.encode()).hexdigest(): "test"})
     rebuilt = load_text(path, layout="wikitext-original")
     path.write_text(ORIGINAL, encoding="utf-8")
     assert rebuilt == load_text(path, layout="wikitext-original")

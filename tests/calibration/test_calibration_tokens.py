@@ -146,8 +146,8 @@ def test_hub_defaults(hub):
 
 
 def test_hub_problems_are_named(hub, monkeypatch):
-    hub.rows = [{"content": "x"}]
-    with pytest.raises(CalibrationError, match=r"columns \['content'\], needed a column 'text'"):
+    hub.rows = [{"title": "x"}]
+    with pytest.raises(CalibrationError, match=r"name: has the columns title; needed one of messages, .*field=NAME"):
         calibration_windows(settings("hf:name"), Words(), 0)
 
     def absent(*_, **__):

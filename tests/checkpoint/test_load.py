@@ -34,14 +34,14 @@ def test_folder_is_loaded_in_the_wanted_dtype(tiny_llama_folder, capfd):
 
 def test_missing_tokenizer_is_named(folder):
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match="no tokenizer"):
-        load_model(str(folder))
+    with pytest.raises(CheckpointError, match=f"{folder}: no tokenizer.*token ids: a .safetensors file"):
+        _ = load_model(str(folder)).tokenizer  # the weights are of use without it
 
 
 def test_damaged_tokenizer_is_named(folder):
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="its tokenizer: cannot be understood"):
-        load_model(str(folder))
+    with pytest.raises(CheckpointError, match=f"{folder}, its tokenizer: cannot be understood"):
+        _ = load_model(str(folder)).tokenizer
 
 
 def test_missing_weights_do_not_become_random(folder):

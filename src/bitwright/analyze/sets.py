@@ -7,7 +7,8 @@ A set is spelled `[NAME=]KIND`:
 
 - `text`: the built-in documentation. `task`: multiple-choice questions. `code`: the standard library's source code.
   `language:LOCALE`: translated messages of an installed package. See `corpora`.
-- a path: a text file, used whole. `hf:NAME[:CONFIG[:SPLIT]]`: a data set on the hub (extra `datasets`).
+- a path: a text file, a data set, of which `PATH:FIELD` names the column, or a `.safetensors` file of token ids, as
+  `quantize --calibration` takes them. `hf:NAME[:CONFIG[:SPLIT]]`: a data set on the hub (extra `datasets`).
 - `nonsense`: uniformly random ASCII punctuation and white space, through the tokenizer. Paglieri et al.
   (arXiv 2405.20835) set such text against real text. `random`: uniformly random tokens that are not special.
 - `self[:TEMPERATURE]`: the model's own samples, at temperature 1 by default, at 0 the likeliest tokens behind a random
@@ -31,9 +32,11 @@ from torch import Tensor
 
 from bitwright.analyze import corpora
 from bitwright.analyze.model import SetRow
+from bitwright.calibration.draw import windows_of
 from bitwright.calibration.sample import sample_from_model
-from bitwright.calibration.text import Split, Text, builtin, load_text
-from bitwright.calibration.tokens import HUB, Calibration, calibration_windows, read_ids
+from bitwright.calibration.text import Split, Text, builtin
+from bitwright.calibration.tokenize import token_ids
+from bitwright.calibration.tokens import HUB, Calibration, TokenWindows, calibration_windows, read_ids
 from bitwright.checkpoint.load import load_model, load_tokenizer
 from bitwright.checkpoint.place import private_folder
 from bitwright.checkpoint.shard import write_shard
@@ -115,8 +118,9 @@ def parse_set(text: str) -> SetSpec:
         return SetSpec(name or argument, "language", argument)
     if kind == "self" and _temperature(argument) is not None:
         return SetSpec(name or rest, "self", argument)
-    if Path(rest).is_file():
-        return SetSpec(name or Path(rest).stem, "file", rest)
+    path, _, field = rest.rpartition(":")
+    if Path(rest).is_file() or (field and Path(path).is_file()):
+        return SetSpec(name or Path(rest if Path(rest).is_file() else path).stem, "file", rest)
     kinds = ", ".join(kind for kind in get_args(Kind) if kind not in ("file", "hub", "language"))
     raise CalibrationError(
         f"calibration set {text!r} is not understood; needed the path of a text file, language:LOCALE, "
@@ -165,12 +169,24 @@ class SetMaker:
             return CalibrationSet(spec, "uniform over the vocabulary", seed, self._random(number))
         if spec.kind == "nonsense":
             return CalibrationSet(spec, "random punctuation and white space", seed, self._nonsense(number))
-        if spec.kind == "hub":
-            settings = Calibration(text=spec.argument, windows=self.windows, window_tokens=self.window_tokens)
-            found = calibration_windows(settings, self.tokenizer, seed)
+        if spec.kind in ("hub", "file"):
+            found = self._given(spec, seed)
             return CalibrationSet(spec, found.label, seed, found.ids)
         text = _text(spec, split)
         return CalibrationSet(spec, f"{text.name}@{text.sha256[:12]}", seed, self._cut(text, seed))
+
+    def _given(self, spec: SetSpec, seed: int) -> TokenWindows:
+        """Windows of the user's own text, as `quantize` draws them."""
+        text, field = spec.argument, None
+        if spec.kind == "file" and not Path(text).is_file():
+            text, _, field = text.rpartition(":")
+        settings = Calibration(text=text, field=field, windows=self.windows, window_tokens=self.window_tokens)
+        tokenizer = self.tokenizer if settings.needs_tokenizer else None
+        try:
+            return calibration_windows(settings, tokenizer, seed, vocabulary=self._source.config.get("vocab_size"))
+        except CalibrationError as error:
+            remedy = str(error).replace("--set calibration.field=", f"--calibration-set {text}:")
+            raise CalibrationError(f"calibration set {spec.name!r}: {remedy}") from error
 
     def sampling_bytes(self) -> int:
         """Memory that the set `self` needs for the model."""
@@ -180,18 +196,8 @@ class SetMaker:
         """Disjoint windows of `text` in the order of a permutation, as `calibration_windows` does it."""
         key = (text.name, text.sha256)
         if key not in self._tokens:
-            # verbose=False: the text is meant to be longer than the model's context
-            ids = self.tokenizer(text.content, verbose=False)["input_ids"]
-            self._tokens[key] = torch.tensor(ids, dtype=torch.int64)
-        tokens, length = self._tokens[key], self.window_tokens
-        found = len(tokens) // length
-        if found < self.windows:
-            raise CalibrationError(
-                f"calibration set {text.name!r}: found {len(tokens)} tokens; {self.windows} windows of {length} need "
-                f"{self.windows * length}; give a longer text, or take fewer or shorter windows"
-            )
-        order = torch.randperm(found, generator=torch.Generator().manual_seed(seed))
-        return tokens[: found * length].reshape(found, length)[order[: self.windows]]
+            self._tokens[key] = token_ids(self.tokenizer, text)
+        return windows_of(self._tokens[key], self.windows, self.window_tokens, seed, text.name)
 
     def _nonsense(self, seed: int) -> Tensor:
         needed = self.windows * self.window_tokens
@@ -275,8 +281,6 @@ _TEXTS: dict[Kind, Callable[[Split], Text]] = {"text": builtin, "task": corpora.
 
 def _text(spec: SetSpec, split: Split) -> Text:
     try:
-        if spec.kind == "file":
-            return load_text(spec.argument)
         if spec.kind == "language":
             return corpora.language(spec.argument, split)
         return _TEXTS[spec.kind](split)

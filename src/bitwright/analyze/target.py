@@ -238,10 +238,11 @@ class _Job:
     def _windows(self) -> tuple[TokenWindows, Tensor]:
         """The calibration's windows, exactly those that `quantize` will draw, and others of the same text."""
         settings, seed = self.base.calibration, self.base.seed
-        draw = partial(calibration_windows, tokenizer=load_tokenizer(self.source), seed=seed)
+        tokenizer = load_tokenizer(self.source) if settings.needs_tokenizer else None
+        vocabulary = self.source.config.get("vocab_size")
+        draw = partial(calibration_windows, tokenizer=tokenizer, seed=seed, vocabulary=vocabulary)
         if settings.text == "self":
-            loaded = load_model(self.model)
-            draw = partial(draw, sample=partial(sample_from_model, loaded.model))
+            draw = partial(draw, sample=partial(sample_from_model, load_model(self.model).model))
         extra = self.options.probe_windows + self.options.held_out_windows
         own = draw(settings)
         more = draw(settings.model_copy(update={"windows": settings.windows + extra})).ids

@@ -1,20 +1,12 @@
 """Text for calibration and evaluation: a file, or the documentation that ships with Python.
 
+Files are prose or data sets, whose rows become text (see `files` and `rows`). A file of more than 4 MiB is not read
+whole: prose and JSONL are read where they are needed (see `large`), other data sets from their start.
+
 Built-in text. No corpus is shipped. `builtin` reads the language reference (`pydoc_data.topics`) and the
 docstrings of a fixed list of standard-library modules, and splits them by content hash into a calibration
 and an evaluation half. Every paragraph is used once, so the halves share none. The text differs between
 Python versions, hence the version in its name.
-
-Layouts. A file is `plain` (used as it is) unless its lines look like WikiText: every line that is not
-blank starts and ends with a space, and the first is a title, ` = Title = `. Two layouts exist for those:
-
-- `wikitext`: the non-blank rows, each ending in its newline, joined by two newlines. Whether a copy of the
-  data set kept its blank rows or lost them no longer matters. This is what `auto` selects.
-- `wikitext-original`: all rows of the original file joined by two newlines, blank rows as empty strings.
-  Published perplexities use this one. A file without its blank rows is rebuilt, and the result is checked
-  against the SHA-256 of the original (`ORIGINALS`); a file that cannot be checked is refused.
-
-The two give different token streams, so different perplexities: never compare one with the other.
 """
 
 from __future__ import annotations
@@ -24,27 +16,22 @@ import hashlib
 import platform
 import re
 import sysconfig
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from bitwright.calibration.files import HEAD_BYTES, WHOLE_BYTES, Kind, decode, kind_of, read_range
+from bitwright.calibration.large import LargeProse, LargeRows, LargeText
+from bitwright.calibration.layouts import Layout, arrange_whole, layout_of, lost_blank_rows
+from bitwright.calibration.rows import Row, read_rows, row_text
 from bitwright.errors import EvaluationError
 
 Split = Literal["calibration", "evaluation"]
-Layout = Literal["auto", "plain", "wikitext", "wikitext-original"]
 
-#: SHA-256 of original WikiText files with a newline after every row -> what they are.
-ORIGINALS = {
-    "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08": "WikiText-2 raw, test split",
-}
-#: Rows of the originals that break the rule of `_blank_rows`: row -> blank rows (before, after).
-_IRREGULAR = {
-    " = 1 rad / s and a nominal impedance k = ": (0, 0),  # two formulas, not titles
-    " = 1 henry and capacitance C = ": (0, 0),
-    " = The Hustler ( film ) = ": (1, 1),  # the one article boundary with a single blank row
-}
-_HEADING = re.compile(r" ((?:= )+)\S(?:.*?\S)??((?: =)+) ")
 _SHORTEST_DOCSTRING = 200  # characters; shorter ones are signatures in words rather than prose
 _MODULES = (
     "abc argparse asyncio/events asyncio/locks asyncio/protocols asyncio/queues asyncio/streams "
@@ -66,11 +53,21 @@ _MODULES = (
 
 @dataclass(frozen=True)
 class Text:
-    """A named text and how its rows were joined (see the module docstring for the layouts)."""
+    """A named text.
+
+    Attributes:
+        name: of the file, or of the built-in text.
+        content: the text.
+        layout: how its rows were joined; see the module docstring.
+        templated: a chat template has written its special tokens, so the tokenizer adds none.
+        whole: nothing of the file was left out.
+    """
 
     name: str
     content: str
     layout: Layout = "plain"
+    templated: bool = False
+    whole: bool = True
 
     @cached_property
     def sha256(self) -> str:
@@ -78,27 +75,82 @@ class Text:
         return hashlib.sha256(self.content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def load_text(source: str | Path | None = None, split: Split = "evaluation", *, layout: Layout = "auto") -> Text:
+def load_text(
+    source: str | Path | None = None,
+    split: Split = "evaluation",
+    *,
+    layout: Layout = "auto",
+    field: str | None = None,
+    tokenizer: Any = None,
+    characters: int = WHOLE_BYTES,
+) -> Text | LargeText:
     """The text of a file, or one half of the built-in text where `source` is None or "builtin".
 
-    `split` picks the half of the built-in text; a file is always used whole. Line ends become newlines.
-    Raises EvaluationError where the file is missing, empty, not UTF-8 or not in the layout asked for.
+    Args:
+        source: what to read.
+        split: the half of the built-in text; files have no halves.
+        layout: see `layouts`; any but `auto` takes the file as prose, whatever it is called.
+        field: the column of a data set that is its text; None: see `rows`.
+        tokenizer: whose chat template conversations go through.
+        characters: where the rows of a large data set can only be read in order, so many are, from its start.
+
+    Raises:
+        EvaluationError: the file is missing, empty, binary, not UTF-8, not in the layout asked for, or it is a data set
+            and which of its columns is the text cannot be told.
     """
     if source is None or source == "builtin":
         return builtin(split)
     path = Path(source)
-    content = _read(path)
-    if layout == "plain" or (layout == "auto" and not _is_wikitext(content)):
-        return Text(path.name, content, "plain")
-    if not _is_wikitext(content):
+    kind = kind_of(path, as_it_is=layout != "auto")
+    if kind != "prose":
+        return _data_set(path, kind, field, tokenizer, characters)
+    if field is not None:
+        raise EvaluationError(f"{path}: is prose and has no field {field!r}; leave --field out, or give a data set")
+    return _prose(path, layout)
+
+
+def rows_as_text(name: str, rows: Iterable[Row], field: str | None, tokenizer: Any, characters: int) -> Text:
+    """The rows of a data set as one text, from the first on until there are `characters`.
+
+    Raises:
+        EvaluationError: there is no row with text, or which columns are the text cannot be told.
+    """
+    ordered = iter(rows)
+    first = next(ordered, None)
+    if first is None:
+        raise EvaluationError(f"{name}: holds no row; needed rows with text")
+    text_of = row_text(name, first, field, tokenizer)
+    content = text_of.joined(chain([first], ordered), characters)
+    if not content:
+        raise EvaluationError(f"{name}: {'+'.join(text_of.columns.names)} is empty in every row; needed text")
+    return Text(name, content, templated=text_of.columns.chat, whole=next(ordered, None) is None)
+
+
+def _data_set(path: Path, kind: Kind, field: str | None, tokenizer: Any, characters: int) -> Text | LargeText:
+    size = path.stat().st_size
+    with closing(read_rows(path, kind)) as rows:
+        if kind != "jsonl" or size <= WHOLE_BYTES:
+            return replace(rows_as_text(str(path), rows, field, tokenizer, characters), name=path.name)
+        return LargeRows(path, size, text_of=row_text(str(path), next(rows, {}), field, tokenizer))
+
+
+def _prose(path: Path, layout: Layout) -> Text | LargeText:
+    size = path.stat().st_size
+    if size <= WHOLE_BYTES:
+        content = decode(read_range(path, 0, WHOLE_BYTES), path)
+        found = layout_of(path, content, layout)
+        return Text(path.name, arrange_whole(path, content, found), found)
+    sample = LargeProse(path, size).passage(0, HEAD_BYTES).content
+    found = layout_of(path, sample, layout)
+    if found == "wikitext-original" and lost_blank_rows(sample):
         raise EvaluationError(
-            f"{path}: layout {layout!r} needs WikiText rows (a space at both ends, a ` = Title = ` first); "
-            f"found {content.lstrip()[:40]!r}; use --layout plain"
+            f"{path}: the blank rows of this WikiText file are lost, and it is too large to rebuild them "
+            f"({size} bytes); give the original file, or use --layout wikitext"
         )
-    if layout == "wikitext-original":
-        return Text(path.name, "\n\n".join(_original_rows(path, content)), layout)
-    rows = (line + "\n" for line in content.split("\n") if line.strip())
-    return Text(path.name, "\n\n".join(rows), "wikitext")
+    return LargeProse(path, size, found)
+
+
+AnyText = Text | LargeText
 
 
 @lru_cache(maxsize=2)
@@ -115,61 +167,6 @@ def builtin(split: Split = "evaluation") -> Text:
 def paragraphs(content: str) -> list[str]:
     """The paragraphs of a text, with the white space of each collapsed; what the halves do not share."""
     return [key for part in re.split(r"\n\s*\n", content) if (key := " ".join(part.split()))]
-
-
-def _read(path: Path) -> str:
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise EvaluationError(
-            f"{path}: not UTF-8 at byte {error.start}; convert it first, for example with iconv -t UTF-8"
-        ) from error
-    except OSError as error:
-        raise EvaluationError(
-            f"{path}: cannot be read ({error.strerror or error}); needed a UTF-8 text file; "
-            "give the path of one, or 'builtin'"
-        ) from error
-    if not content.strip():
-        raise EvaluationError(f"{path}: the file is empty; give a UTF-8 text file, or 'builtin'")
-    return content
-
-
-def _is_wikitext(content: str) -> bool:
-    rows = [line for line in content.split("\n") if line.strip()]
-    return _level(rows[0]) == 1 and all(row[0] == " " == row[-1] for row in rows)
-
-
-def _level(row: str) -> int:
-    """Depth of a heading row (` = Title = ` is 1, ` = = Section = = ` is 2), or 0 for body text."""
-    match = _HEADING.fullmatch(row)
-    return len(match[1]) // 2 if match and len(match[1]) == len(match[2]) else 0
-
-
-def _blank_rows(row: str) -> tuple[int, int]:
-    """Blank rows (before, after) in an original: around each heading, one more where an article ends."""
-    level = _level(row)
-    return _IRREGULAR.get(row, (2 if level == 1 else 1, 1) if level else (0, 0))
-
-
-def _original_rows(path: Path, content: str) -> list[str]:
-    """All rows of the original file, blank rows as "", others with their newline."""
-    lines = content.split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    if all(line.strip() for line in lines):  # the blank rows are lost: rebuild them
-        rebuilt = []
-        for line in lines:
-            before, after = _blank_rows(line)
-            rebuilt += [" "] * before + [line] + [" "] * after
-        lines = [*rebuilt[1:], " "]  # no article ends before the first title, one does at the end
-        digest = hashlib.sha256("".join(line + "\n" for line in lines).encode()).hexdigest()
-        if digest not in ORIGINALS:
-            raise EvaluationError(
-                f"{path}: the blank rows of this WikiText file are lost and the rebuilt file "
-                f"(SHA-256 {digest[:12]}) is no known original; give the original file, "
-                "or use --layout wikitext"
-            )
-    return [line + "\n" if line.strip() else "" for line in lines]
 
 
 @lru_cache(maxsize=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from bitwright.checkpoint.source import HuggingFaceSource, Source, locate_tensor
 from bitwright.errors import CheckpointError
 from bitwright.formats.folder import WEIGHTS_KEY
 from bitwright.formats.native import QUANT_METHOD
-from bitwright.untrusted.boundary import reading
+from bitwright.untrusted.boundary import brief, reading
 from bitwright.untrusted.json_file import read_json
 
 if TYPE_CHECKING:
@@ -43,17 +44,20 @@ class LoadedModel:
 
     Attributes:
         model: on the CPU, in evaluation mode.
-        tokenizer: its tokenizer.
         label: how the user named it.
         folder: the Hugging Face folder that it comes from; None for a GGUF file or the demo.
         quantized: bitwright quantized it.
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
     label: str
     folder: Path | None
     quantized: bool
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer, which those who bring token ids do without; CheckpointError where it has none."""
+        return tokenizer_of(self.label)
 
 
 def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
@@ -64,8 +68,8 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
         dtype: of all float weights. Products in bfloat16 are slow on most CPUs.
 
     Raises:
-        CheckpointError: nothing of that name can be read, its config, its tensors and the model contradict each other,
-            or its tokenizer is missing.
+        CheckpointError: nothing of that name can be read, or its config, its tensors and the model contradict each
+            other.
         FormatError: the same for a folder that bitwright wrote.
         WeightError: a tensor holds NaN or Inf.
     """
@@ -79,13 +83,24 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
         register()
         # Names, headers and kinds of files, before transformers opens any: it would unpickle some of them.
         locate_tensors(folder)
-        return LoadedModel(_from_folder(folder, dtype), _tokenizer(folder), model, folder, quantized=True)
+        return LoadedModel(_from_folder(folder, dtype), model, folder, quantized=True)
     source = find_source(model)
     agree(source.label, source.config, source.tensors)
     if isinstance(source, HuggingFaceSource):
         folder = source.folder
-        return LoadedModel(_from_folder(folder, dtype), _tokenizer(folder), model, folder, quantized=False)
-    return LoadedModel(_from_source(source, dtype), load_tokenizer(source), model, None, quantized=False)
+        return LoadedModel(_from_folder(folder, dtype), model, folder, quantized=False)
+    return LoadedModel(_from_source(source, dtype), model, None, quantized=False)
+
+
+def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of what `model` names, as `load_model` takes it, without its weights.
+
+    Raises:
+        CheckpointError: nothing of that name can be read, or its tokenizer cannot.
+    """
+    model = model_name(model)
+    folder = Path(model)
+    return _tokenizer(folder, model) if _is_quantized(folder) else load_tokenizer(find_source(model))
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -96,7 +111,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """
     with tempfile.TemporaryDirectory() as place:
         source.write_side_files(Path(place))
-        return _tokenizer(Path(place))
+        return _tokenizer(Path(place), source.label)
 
 
 def _is_quantized(folder: Path) -> bool:
@@ -172,13 +187,22 @@ def _complete(model: Any, report: dict[str, Any], label: str) -> PreTrainedModel
     return model.eval()
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def _tokenizer(folder: Path, label: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, of the model that the user calls `label`."""
     from transformers import AutoTokenizer
 
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise CheckpointError(
-            f"{folder}: no tokenizer (needed one of {', '.join(TOKENIZER_FILES)}); "
-            "copy the tokenizer files of the original checkpoint into the folder"
+            f"{label}: no tokenizer (needed one of {', '.join(TOKENIZER_FILES)}); "
+            "copy the tokenizer files of the original checkpoint into its folder, or give token ids: a .safetensors "
+            "file with the tensor ids [windows, tokens] as --calibration of quantize or --text of eval"
         )
-    with quiet_transformers(), reading(f"{folder}, its tokenizer", CheckpointError, _OTHER_TOKENIZER):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with quiet_transformers():
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            # the files may lie in a temporary place, which means nothing to the user
+            raise CheckpointError(
+                f"{label}, its tokenizer: cannot be understood ({brief(error).replace(str(folder), label)}); "
+                f"{_OTHER_TOKENIZER}"
+            ) from error

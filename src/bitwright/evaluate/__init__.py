@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bitwright.calibration.text import Text
+from bitwright.calibration.text import AnyText
 from bitwright.evaluate.divergence import Divergence, compare
 from bitwright.evaluate.perplexity import (
     Model,
@@ -46,13 +46,15 @@ __all__ = [
 class EvalOptions:
     """What to measure on: the first `windows` windows (None: all) of `length` tokens, by `protocol`.
 
-    `allow_overlap` measures a quantized model even on text that it was calibrated on, which flatters it.
+    `allow_overlap` measures a quantized model even on text that it was calibrated on, which flatters it. `field` is the
+    column of a data set that is its text; None: the one that is known, see `calibration.rows`.
     """
 
     windows: int | None = 8
     length: int = 2048
     protocol: Protocol = "gptq"
     allow_overlap: bool = False
+    field: str | None = None
 
 
 _DEFAULTS = EvalOptions()
@@ -87,7 +89,7 @@ class Evaluation(Shown):
     bytes: int | None = None
     windows: int
     length: int
-    dropped_tokens: int
+    dropped_tokens: int | None
     protocol: str
     seconds: float
     peak_rss_bytes: int | None = None
@@ -112,7 +114,7 @@ class Evaluation(Shown):
 def evaluate_model(
     model: Model,
     tokenizer: Any,
-    text: Text,
+    text: AnyText,
     *,
     reference: Model | None = None,
     options: EvalOptions = _DEFAULTS,

@@ -24,7 +24,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from bitwright.calibration.text import Text
+from bitwright.calibration.large import LargeText
+from bitwright.calibration.text import AnyText, Text
+from bitwright.calibration.tokenize import token_ids
 from bitwright.errors import EvaluationError
 from bitwright.untrusted.boundary import reading
 from bitwright.untrusted.ids import check_ids, embedding_rows
@@ -42,13 +44,14 @@ class Windows:
     """Token windows and where they came from.
 
     `ids` is [windows, length] int64. `total_tokens` is the length of the tokenized text and
-    `dropped_tokens` its tail, too short for a window; windows beyond a limit are in neither.
+    `dropped_tokens` its tail, too short for a window; windows beyond a limit are in neither. Both are None where the
+    text was not read to its end.
     """
 
     ids: Tensor
     protocol: str
-    dropped_tokens: int
-    total_tokens: int
+    dropped_tokens: int | None
+    total_tokens: int | None
 
     @property
     def count(self) -> int:
@@ -62,18 +65,21 @@ class Windows:
 
 
 def token_windows(
-    tokenizer: Any, text: Text, length: int = 2048, limit: int | None = None, protocol: Protocol = "gptq"
+    tokenizer: Any, text: AnyText, length: int = 2048, limit: int | None = None, protocol: Protocol = "gptq"
 ) -> Windows:
     """Cut `text` into windows of `length` tokens, the first `limit` of them (None: all).
+
+    Of a large file only the start is read, as much as `limit` windows need.
 
     Raises EvaluationError where the text is too short for one window, or the protocol, its BOS token, the
     length or the limit cannot be used.
     """
     _check_request(tokenizer, length, limit, protocol)
     step = length - 1 if protocol == "gptq+bos" else length
-    options = {"add_special_tokens": False} if protocol == "gptq+bos" else {}
-    # verbose=False: the text is meant to be longer than the model's context
-    tokens = [int(token) for token in tokenizer(text.content, verbose=False, **options)["input_ids"]]
+    whole = not isinstance(text, LargeText) or limit is None
+    tokens = token_ids(
+        tokenizer, text, special=protocol != "gptq+bos", enough=None if whole or limit is None else limit * step
+    )
     windows = len(tokens) // step
     if windows == 0:
         raise EvaluationError(
@@ -81,10 +87,29 @@ def token_windows(
             f"give a longer text, or use --length {max(2, len(tokens))} or less"
         )
     used = windows if limit is None else min(windows, limit)
-    ids = torch.tensor(tokens[: used * step], dtype=torch.int64).reshape(used, step)
+    ids = tokens[: used * step].reshape(used, step)
     if protocol == "gptq+bos":
         ids = torch.cat([torch.full((used, 1), int(tokenizer.bos_token_id)), ids], dim=1)
-    return Windows(ids, _protocol_id(protocol, text, ids), len(tokens) % step, len(tokens))
+    counted = whole and not (isinstance(text, Text) and not text.whole)
+    dropped, total = (len(tokens) % step, len(tokens)) if counted else (None, None)
+    return Windows(ids, _protocol_id(protocol, text, ids), dropped, total)
+
+
+def given_windows(ids: Tensor, name: str, length: int, limit: int | None = None) -> Windows:
+    """Windows of token ids [windows, tokens] that are there already: the first `limit`, cut to `length` tokens each.
+
+    Windows shorter than `length` stay as they are. Raises EvaluationError where they have fewer than two tokens.
+    """
+    ids = ids[:limit, :length].contiguous()
+    if ids.numel() == 0 or ids.shape[1] < 2:
+        raise EvaluationError(
+            f"token windows {name!r}: ids are {list(ids.shape)}, needed at least 1 window of 2 tokens"
+        )
+    if int(ids.min()) < 0:
+        raise EvaluationError(f"token windows {name!r}: ids from {int(ids.min())} on, needed none below 0")
+    digest = _sha256(ids)
+    parts = (f"ids:{ids.shape[1]}", f"windows:{len(ids)}", f"text:{name.replace('|', '_')}", f"tokens:{digest[:12]}")
+    return Windows(ids, "|".join(parts), 0, ids.numel())
 
 
 def compare_protocols(a: str, b: str) -> None:
@@ -183,13 +208,16 @@ def _check_request(tokenizer: Any, length: int, limit: int | None, protocol: str
         raise EvaluationError("protocol 'gptq+bos': this tokenizer has no BOS token; use --protocol gptq")
 
 
-def _protocol_id(protocol: Protocol, text: Text, ids: Tensor) -> str:
-    tokens = hashlib.sha256(ids.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+def _protocol_id(protocol: Protocol, text: AnyText, ids: Tensor) -> str:
     name = text.name.replace("|", "_")
     parts = (
         f"{protocol}:{ids.shape[1]}",
         f"windows:{ids.shape[0]}",
         f"text:{name}@{text.sha256[:12]}",
-        f"tokens:{tokens[:12]}",
+        f"tokens:{_sha256(ids)[:12]}",
     )
     return "|".join(parts)
+
+
+def _sha256(ids: Tensor) -> str:
+    return hashlib.sha256(ids.contiguous().numpy().astype("<i8").tobytes()).hexdigest()

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from bitwright.calibration.layouts import Layout
 from bitwright.calibration.overlap import overlap
-from bitwright.calibration.text import Layout, load_text
-from bitwright.checkpoint.load import LoadedModel, load_model
+from bitwright.calibration.text import load_text
+from bitwright.calibration.tokens import is_ids, read_ids
+from bitwright.checkpoint.load import LoadedModel, load_model, tokenizer_of
 from bitwright.checkpoint.manifest import read_manifest
 from bitwright.checkpoint.native_folder import check_sums
-from bitwright.errors import EvaluationError
+from bitwright.errors import CalibrationError, EvaluationError
 from bitwright.evaluate import EvalOptions, Evaluation, Windows, evaluate_windows, token_windows
+from bitwright.evaluate.perplexity import given_windows
 from bitwright.inspect import inspect
 
 
@@ -30,7 +33,8 @@ def eval(
     Args:
         model: anything that `quantize` reads, or a folder that it made.
         against: the float model to compare with; both are in memory at once.
-        text: a file, or None for the built-in evaluation text.
+        text: a file of text, a data set, or a `.safetensors` file of token windows, whose tensor `ids`
+            [windows, tokens] is cut to the length asked for; None: the built-in evaluation text.
         layout: how a file becomes one text. `auto` rejoins the non-blank rows of a WikiText file by two
             newlines and takes any other file as it is; `wikitext-original` also restores WikiText's blank
             rows, as published perplexities have it. The protocol id tells which.
@@ -42,15 +46,14 @@ def eval(
         EvaluationError: the text is too short, a quantized model was calibrated on it, or the models do not
             share a vocabulary.
     """
-    content = load_text(text, layout=layout)
     options = options or EvalOptions()
+    windows = _windows(model, text, layout, options)
     loaded = load_model(model)
     if loaded.quantized and loaded.folder is not None:
         # what is measured must be what was made
         check_sums(loaded.folder, read_manifest(loaded.folder))
-    windows = token_windows(loaded.tokenizer, content, options.length, options.windows, options.protocol)
     if not options.allow_overlap:
-        _refuse_overlap(loaded, windows, content.name)
+        _refuse_overlap(loaded, windows, "builtin" if text is None else Path(text).name)
     reference = None if against is None else load_model(against)
     evaluation = evaluate_windows(
         loaded.model, windows, reference=None if reference is None else reference.model, progress=progress
@@ -59,6 +62,18 @@ def eval(
         return evaluation
     found = inspect(model)
     return replace(evaluation, bits_per_weight=found.bits_per_weight, bytes=found.bytes)
+
+
+def _windows(model: str, text: str | Path | None, layout: Layout, options: EvalOptions) -> Windows:
+    """The windows to measure on; token ids of the user's own need no tokenizer."""
+    if text is not None and is_ids(text):
+        try:
+            return given_windows(read_ids(text), Path(text).name, options.length, options.windows)
+        except CalibrationError as error:
+            raise EvaluationError(str(error)) from error
+    tokenizer = tokenizer_of(model)
+    content = load_text(text, layout=layout, field=options.field, tokenizer=tokenizer)
+    return token_windows(tokenizer, content, options.length, options.windows, options.protocol)
 
 
 def _refuse_overlap(loaded: LoadedModel, windows: Windows, text: str) -> None:
