@@ -155,6 +155,16 @@ def test_a_weight_put_back_costs_nothing(loud_folder: Path) -> None:
         assert prober.kl("mlp.down_proj", weight) == 0
 
 
+def test_probes_of_a_large_vocabulary_keep_hidden_states(loud_folder: Path, monkeypatch) -> None:
+    source = open_source(str(loud_folder))
+    weight = 0.5 * source.read("model.layers.0.mlp.down_proj.weight").float()
+    with Prober(source, adapter_for(source.config), PROBE_IDS) as prober:
+        expected = prober.kl("mlp.down_proj", weight)
+    monkeypatch.setattr("bitwright.analyze.probe._KEPT_ELEMENTS", 0)
+    with Prober(source, adapter_for(source.config), PROBE_IDS) as prober:
+        assert prober.kl("mlp.down_proj", weight) == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_estimate_ranks_tensors_as_measured(found: Sensitivity) -> None:
     tau = found.tau_within("fisher")
     assert tau is not None

@@ -71,7 +71,7 @@ def test_flips_swap_with_the_models(windows):
 def test_chunks_do_not_matter_and_progress_counts_windows(windows, monkeypatch):
     model, reference = near(3, 0.5)
     whole, seen = compare(model, reference, windows), []
-    monkeypatch.setattr("bitwright.evaluate.perplexity._CHUNK_ELEMENTS", 5 * VOCABULARY)
+    monkeypatch.setattr("bitwright.evaluate.logits._CHUNK_ELEMENTS", 5 * VOCABULARY)
     parts = compare(model, reference, windows, lambda done, total: seen.append((done, total)))
     torch.testing.assert_close(parts.kl, whole.kl)
     assert torch.equal(parts.agree, whole.agree)

@@ -52,7 +52,7 @@ def test_windows_do_not_depend_on_each_other_nor_on_the_chunk_size(windows, monk
     order = torch.randperm(windows.count, generator=torch.Generator().manual_seed(0))
     shuffled = Windows(windows.ids[order], "x", 0, 0)
     assert torch.equal(window_losses(Table(3), shuffled), whole[order])
-    monkeypatch.setattr("bitwright.evaluate.perplexity._CHUNK_ELEMENTS", 3 * VOCABULARY)
+    monkeypatch.setattr("bitwright.evaluate.logits._CHUNK_ELEMENTS", 3 * VOCABULARY)
     torch.testing.assert_close(window_losses(Table(3), windows), whole, rtol=1e-12, atol=0)
 
 

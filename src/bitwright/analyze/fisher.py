@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 
 from bitwright.calibration.blocks import BlockRunner
 from bitwright.calibration.gradients import TokenWeights, backward_blocks
+from bitwright.calibration.logits import head_gradient
 from bitwright.calibration.stream import Stream
 from bitwright.errors import CalibrationError
-from bitwright.evaluate.perplexity import row_chunks
+from bitwright.evaluate.logits import row_chunks
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,17 @@ def _head_gradients(runner: BlockRunner, stream: Stream, seed: int) -> None:
     uniform = torch.rand(runner.ids.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     with runner.head() as logits_of:
         for number, hidden in enumerate(stream):
-            pieces = []
-            for offset, window in enumerate(hidden.unbind()):
-                leaf = window[None].detach().clone().requires_grad_(True)
-                logits = logits_of(leaf)[0].float()
-                numbers = uniform[number * runner.batch + offset]
-                rows = row_chunks(len(logits), logits.shape[-1])
-                drawn = torch.cat([draw_tokens(logits.detach()[some], numbers[some]) for some in rows])
-                nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
-                assert leaf.grad is not None
-                pieces.append(leaf.grad)
+            numbers = uniform[number * runner.batch :][: len(hidden)]
+            pieces = [
+                head_gradient(logits_of, window[None], partial(_drawn_token_loss, some))
+                for window, some in zip(hidden.unbind(), numbers.unbind(), strict=True)
+            ]
             stream.write(number, torch.cat(pieces))
+
+
+def _drawn_token_loss(uniform: Tensor, logits: Tensor, rows: slice) -> Tensor:
+    """Of tokens that some rows of the logits of a window themselves give, drawn by its numbers `uniform` [tokens]."""
+    numbers = uniform[rows]
+    chunks = row_chunks(len(logits), logits.shape[-1])
+    drawn = torch.cat([draw_tokens(logits.detach()[some], numbers[some]) for some in chunks])
+    return nn.functional.cross_entropy(logits, drawn, reduction="sum")

@@ -36,7 +36,7 @@ from bitwright.checkpoint.source import Source
 from bitwright.errors import CalibrationError, EvaluationError
 from bitwright.evaluate import Windows, compare, paired_interval
 from bitwright.evaluate.divergence import Divergence
-from bitwright.evaluate.perplexity import forward_logits
+from bitwright.evaluate.logits import forward_logits
 from bitwright.pipeline import RunOptions, quantize
 from bitwright.plan import make_plan, rotated_as_asked
 from bitwright.recipe import Recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -9,11 +10,15 @@ import torch
 from torch import Tensor
 
 from bitwright.calibration.blocks import BlockRunner
+from bitwright.calibration.logits import row_blocks, vocabulary_of
 from bitwright.calibration.stream import Stream
 from bitwright.checkpoint.source import Source
 from bitwright.evaluate.divergence import kl_divergence
-from bitwright.evaluate.perplexity import row_chunks
+from bitwright.evaluate.logits import row_chunks
 from bitwright.models.adapter import Adapter
+
+_KEPT_ELEMENTS = 2**27
+"""Of the float model's logits in a batch; where they are more, its hidden states are kept and the logits made again."""
 
 
 class Prober:
@@ -44,15 +49,11 @@ class Prober:
         self._inputs = self._resources.enter_context(self._runner.first_inputs(folder=folder))
         self._next = 0
         self._logits_of = self._resources.enter_context(self._runner.head())
-        self._reference: Stream | None = None
         with self._inputs.copy() as stream:
             self._run(0, stream)
-            for number, hidden in enumerate(stream):
-                logits = self._logits(hidden)
-                if self._reference is None:
-                    shape = (*ids.shape, logits.shape[-1])
-                    self._reference = self._resources.enter_context(Stream(shape, stream.batch, folder=folder))
-                self._reference.write(number, logits)
+            self._vocabulary = vocabulary_of(self._logits_of, stream.read(0))
+            self._wide = stream.batch * ids.shape[1] * self._vocabulary > _KEPT_ELEMENTS
+            self._reference = self._resources.enter_context(stream.copy() if self._wide else self._kept(stream))
 
     def __enter__(self) -> Prober:
         """Itself; leaving frees the model."""
@@ -74,7 +75,6 @@ class Prober:
         `weight` is float32 [out, in]; `linear` is named relative to the block. As in `evaluate`, the last position of
         a window is left out.
         """
-        assert self._reference is not None
         place = self._blocks[self._next].get_parameter(f"{linear}.weight")
         before, total, count = place.data, 0.0, 0
         place.data = weight.to(place.dtype)
@@ -82,8 +82,7 @@ class Prober:
             with self._inputs.copy() as stream:
                 self._run(self._next, stream)
                 for number, hidden in enumerate(stream):
-                    pairs = zip(self._reference.read(number)[:, :-1], self._logits(hidden)[:, :-1], strict=True)
-                    for one, other in pairs:
+                    for one, other in self._pairs(self._reference.read(number), hidden):
                         rows = row_chunks(*one.shape)
                         total += sum(float(kl_divergence(one[some], other[some]).sum()) for some in rows)
                         count += len(one)
@@ -94,6 +93,22 @@ class Prober:
     def _run(self, first: int, stream: Stream) -> None:
         for index in range(first, len(self._blocks)):
             self._runner.advance(index, self._blocks[index], stream)
+
+    def _kept(self, stream: Stream) -> Stream:
+        """The logits of the float model's last hidden states."""
+        kept = Stream((*self._runner.ids.shape, self._vocabulary), stream.batch, folder=self._folder)
+        for number, hidden in enumerate(stream):
+            kept.write(number, self._logits(hidden))
+        return kept
+
+    def _pairs(self, kept: Tensor, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits [rows, vocabulary] of the float model, from what is kept of a batch, and of `hidden` in its place."""
+        if not self._wide:
+            yield from zip(kept[:, :-1], self._logits(hidden)[:, :-1], strict=True)
+            return
+        for one, other in zip(kept, hidden, strict=True):
+            for rows in row_blocks(len(one) - 1, self._vocabulary):
+                yield self._logits(one[None, rows])[0], self._logits(other[None, rows])[0]
 
     @torch.no_grad()
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.calibration.blocks import BlockRunner
+from bitwright.calibration.logits import head_gradient
 from bitwright.calibration.stream import Stream
 from bitwright.errors import CalibrationError
 
@@ -105,15 +106,18 @@ def _loss_gradients(runner: BlockRunner, stream: Stream) -> None:
     with runner.head() as logits_of:
         for number, hidden in enumerate(stream):
             ids = runner.ids[number * runner.batch :][: len(hidden)]
-            pieces = []
-            # Window by window: logits are the widest thing there is.
-            for window, tokens in zip(hidden.unbind(), ids.unbind(), strict=True):
-                leaf = window[None].detach().clone().requires_grad_(True)
-                logits = logits_of(leaf)[0, :-1].float()
-                nn.functional.cross_entropy(logits, tokens[1:], reduction="sum").backward()  # type: ignore[no-untyped-call]
-                assert leaf.grad is not None
-                pieces.append(leaf.grad)
+            # Window by window, and rows by rows: logits are the widest thing there is.
+            pieces = [
+                head_gradient(logits_of, window[None], partial(_next_token_loss, tokens))
+                for window, tokens in zip(hidden.unbind(), ids.unbind(), strict=True)
+            ]
             stream.write(number, torch.cat(pieces))
+
+
+def _next_token_loss(tokens: Tensor, logits: Tensor, rows: slice) -> Tensor:
+    """Of some rows of the logits of a window of `tokens`; nothing follows the last one."""
+    targets = tokens[1:][rows]
+    return nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="sum")
 
 
 def _backward(

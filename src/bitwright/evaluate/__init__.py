@@ -12,8 +12,8 @@ from typing import Any
 
 from bitwright.calibration.text import AnyText
 from bitwright.evaluate.divergence import Divergence, compare
+from bitwright.evaluate.logits import Model
 from bitwright.evaluate.perplexity import (
-    Model,
     Progress,
     Windows,
     compare_protocols,

@@ -17,14 +17,8 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import EvaluationError
-from bitwright.evaluate.perplexity import (
-    Model,
-    Progress,
-    Windows,
-    forward_logits,
-    row_chunks,
-    target_losses,
-)
+from bitwright.evaluate.logits import Model, logit_chunks
+from bitwright.evaluate.perplexity import Progress, Windows, target_losses
 
 
 @dataclass(frozen=True)
@@ -82,16 +76,12 @@ def compare(model: Model, reference: Model, windows: Windows, progress: Progress
     losses, reference_losses = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
     for index in range(windows.count):
         ids = windows.ids[index]
-        p = forward_logits(reference, ids, f"reference, window {index}")
-        q = forward_logits(model, ids, f"model, window {index}")
-        if p.shape != q.shape:
-            raise EvaluationError(
-                f"the vocabularies differ: {q.shape[-1]} in the model, {p.shape[-1]} in the reference; "
-                "KL needs the same tokens; remove the padding rows of the larger one"
-            )
-        for rows in row_chunks(shape[1], p.shape[-1]):
-            p_rows, q_rows = p[:-1][rows].float(), q[:-1][rows].float().to(p.device)
-            targets = ids[1:][rows].to(p.device)
+        p = logit_chunks(reference, ids, f"reference, window {index}")
+        q = logit_chunks(model, ids, f"model, window {index}")
+        for (rows, p_rows), (_, q_rows) in zip(p, q, strict=False):  # as many chunks where the vocabularies are equal
+            _check_vocabularies(p_rows.shape[-1], q_rows.shape[-1])
+            q_rows = q_rows.to(p_rows.device)
+            targets = ids[1:][rows].to(p_rows.device)
             reference_losses[index, rows] = target_losses(p_rows, targets, f"reference, window {index}").cpu().double()
             losses[index, rows] = target_losses(q_rows, targets, f"model, window {index}").cpu().double()
             kl[index, rows] = kl_divergence(p_rows, q_rows).cpu()
@@ -102,6 +92,14 @@ def compare(model: Model, reference: Model, windows: Windows, progress: Progress
         if progress is not None:
             progress(index + 1, windows.count)
     return Divergence(windows.protocol, kl, agree, correct, reference_correct, losses.mean(1), reference_losses.mean(1))
+
+
+def _check_vocabularies(reference: int, model: int) -> None:
+    if reference != model:
+        raise EvaluationError(
+            f"the vocabularies differ: {model} in the model, {reference} in the reference; "
+            "KL needs the same tokens; remove the padding rows of the larger one"
+        )
 
 
 def kl_divergence(reference: Tensor, model: Tensor) -> Tensor:

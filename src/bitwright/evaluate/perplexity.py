@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -28,15 +28,10 @@ from bitwright.calibration.large import LargeText
 from bitwright.calibration.text import AnyText, Text
 from bitwright.calibration.tokenize import token_ids
 from bitwright.errors import EvaluationError
-from bitwright.untrusted.boundary import reading
-from bitwright.untrusted.ids import check_ids, embedding_rows
+from bitwright.evaluate.logits import Model, logit_chunks
 from bitwright.words import Protocol
 
 Progress = Callable[[int, int], None]
-#: Takes ids [1, tokens] int64, returns logits [1, tokens, vocabulary] or an object that has `.logits`.
-Model = Callable[..., Any]
-
-_CHUNK_ELEMENTS = 2**23  # of logits worked on at once: 32 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -138,12 +133,10 @@ def window_losses(model: Model, windows: Windows, progress: Progress | None = No
     losses = torch.zeros(windows.count, dtype=torch.float64)
     for index in range(windows.count):
         ids = windows.ids[index]
-        logits = forward_logits(model, ids, f"window {index}")
         total = 0.0
-        for rows in row_chunks(len(ids) - 1, logits.shape[-1]):
-            chunk = logits[:-1][rows].float()
-            targets = ids[1:][rows].to(chunk.device)
-            total += float(target_losses(chunk, targets, f"window {index}").sum(dtype=torch.float64))
+        for rows, logits in logit_chunks(model, ids, f"window {index}"):
+            targets = ids[1:][rows].to(logits.device)
+            total += float(target_losses(logits, targets, f"window {index}").sum(dtype=torch.float64))
         losses[index] = total / (len(ids) - 1)
         if progress is not None:
             progress(index + 1, windows.count)
@@ -156,29 +149,6 @@ def perplexity_of(losses: Tensor) -> float:
     return math.exp(mean) if mean < 709 else math.inf
 
 
-def forward_logits(model: Model, ids: Tensor, where: str) -> Tensor:
-    """Logits [tokens, vocabulary] of one window of ids [tokens], in the model's dtype and on its device."""
-    device = getattr(model, "device", None)
-    batch = ids[None].to(device) if isinstance(device, torch.device) else ids[None]
-    check_ids(ids, embedding_rows(model), where, EvaluationError)
-    remedy = f"check the model's config.json, or use --length {len(ids) // 2} or less"
-    with torch.no_grad(), reading(f"{where}: running the model", EvaluationError, remedy):
-        answer = model(batch)
-    logits = getattr(answer, "logits", answer)
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != (1, len(ids)):
-        raise EvaluationError(
-            f"{where}: the model answered {shape}; needed logits [1, {len(ids)}, vocabulary]; "
-            "pass a causal language model that returns the logits of every position"
-        )
-    if int(ids.max()) >= logits.shape[-1]:
-        raise EvaluationError(
-            f"{where}: token id {int(ids.max())} is outside the model's vocabulary of {logits.shape[-1]}; "
-            "use the tokenizer that belongs to this model"
-        )
-    return logits[0]
-
-
 def target_losses(logits: Tensor, targets: Tensor, where: str) -> Tensor:
     """-log softmax(logits)[target] per row: [rows] in the dtype of logits [rows, vocabulary]."""
     losses = logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
@@ -188,13 +158,6 @@ def target_losses(logits: Tensor, targets: Tensor, where: str) -> Tensor:
             "check the model's weights for NaN, or compute in float32"
         )
     return losses
-
-
-def row_chunks(rows: int, vocabulary: int) -> Iterator[slice]:
-    """Slices that cover `rows` rows of logits, small enough to work on several copies of each."""
-    step = max(1, _CHUNK_ELEMENTS // vocabulary)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 def _check_request(tokenizer: Any, length: int, limit: int | None, protocol: str) -> None:
