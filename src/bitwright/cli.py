@@ -307,9 +307,8 @@ def generate(
     """Continue a prompt, greedily."""
     result = bitwright.generate(model, prompt, tokens=tokens, chat=chat)
     say_prose(result.text)
-    loop = "" if result.fallback is None else f", in transformers' own loop: {result.fallback}"
-    loop += "" if result.template is None else f", {result.template}"
-    say(Styled(f"{result.tokens} tokens in {result.seconds:.1f} s{loop}", "dim"), on=error_console)
+    told = ", ".join((f"{result.tokens} tokens in {result.seconds:.1f} s", *result.remarks))
+    say(Styled(told, "dim"), on=error_console)
 
 
 @app.command()

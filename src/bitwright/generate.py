@@ -59,6 +59,12 @@ class Generation(Shown):
     fallback: str | None = None
     template: str | None = None
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What is worth knowing of the way that it came."""
+        loop = None if self.fallback is None else f"in transformers' own loop: {self.fallback}"
+        return tuple(filter(None, (loop, self.template)))
+
     def facts(self) -> dict[str, str]:
         """See `Shown.facts`."""
         return {"prompt": self.prompt, "text": self.text, "tokens": f"{self.tokens} in {self.seconds:.1f} s"}
