@@ -70,9 +70,15 @@ class Journal:
                 self.place.clear()
             self.done: dict[str, dict[str, Any]] = self._read()
             self._file = os.fdopen(self._open(os.O_WRONLY | os.O_APPEND | os.O_CREAT), "w", encoding="utf-8")
-            if self._noted != self.job:
-                self._append({"job": self.job})
+            try:
+                if self._noted != self.job:
+                    self._append({"job": self.job})
+            except BaseException:
+                self._file.close()
+                raise
         except BaseException:
+            if self.place.fresh:
+                self.place.remove(parents=True)
             self.place.close()
             raise
 

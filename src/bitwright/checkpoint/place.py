@@ -45,6 +45,8 @@ class Place:
         self.folder = out.with_name(out.name + suffix)
         self.output = self.folder / "output"
         """What becomes `out`; not made yet in a new place."""
+        self.fresh = False
+        """Whether the folder was made just now."""
         self._parents = [parent for parent in (out.parent, *out.parent.parents) if not parent.exists()]
         out.parent.mkdir(parents=True, exist_ok=True)
         # The lock lies on the folder itself: it vanishes with the process, and with the folder.
@@ -54,9 +56,9 @@ class Place:
         while True:
             try:
                 os.mkdir(self.folder, 0o700)
-                fresh = True
+                self.fresh = True
             except FileExistsError:
-                fresh = False
+                self.fresh = False
             try:
                 descriptor = _open_own_folder(self.folder)
             except FileNotFoundError:
@@ -65,18 +67,18 @@ class Place:
                 _lock(descriptor, self.folder)
                 # Whoever held the lock before may have removed the folder that was opened.
                 if _is_still(descriptor, self.folder):
-                    self._check_mark(descriptor, fresh)
+                    self._check_mark(descriptor)
                     return descriptor
             except BaseException:
                 os.close(descriptor)
                 raise
             os.close(descriptor)
 
-    def _check_mark(self, descriptor: int, fresh: bool) -> None:
+    def _check_mark(self, descriptor: int) -> None:
         names, mode = os.listdir(descriptor), os.fstat(descriptor).st_mode
         if MARK not in names:
             # An empty folder that only its owner may enter is one whose maker was killed before it was marked.
-            if not fresh and (names or mode & 0o077):
+            if not self.fresh and (names or mode & 0o077):
                 raise not_ours(self.folder, "it is not one that bitwright made")
             with open(os.open(MARK, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=descriptor), "wb") as file:
                 file.write(_MARK_TEXT)
