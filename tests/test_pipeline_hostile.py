@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 import bitwright
 from bitwright import cli, pipeline
 from bitwright.checkpoint.journal import Journal
+from bitwright.checkpoint.load import load_model, load_tokenizer
+from bitwright.checkpoint.open import find_source
 from bitwright.checkpoint.place import MARK
 from bitwright.checkpoint.shard import file_sha256
 from bitwright.errors import CheckpointError, ResumeError, WeightError
@@ -401,6 +403,9 @@ def test_a_pipe_in_the_place_of_a_file_does_not_hang(source: Path, tmp_path: Pat
     os.mkfifo(source / "tokenizer.json")
     summary = bitwright.quantize(str(source), tmp_path / "out", **RECIPE)
     assert "tokenizer.json" in summary.notes[0]
+    for use in (load_model, lambda name: load_tokenizer(find_source(name))):
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json.*not a regular file"):
+            use(str(source))
     for name in ("model.safetensors", "config.json"):
         (source / name).unlink()
         os.mkfifo(source / name)

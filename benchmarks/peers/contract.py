@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,9 +150,8 @@ def parse_arguments(peer: str) -> Job:
 
 def publish(job: Job, weights: dict[str, Tensor], result: dict[str, Any]) -> None:
     """Write the folder under another name and rename it, so that a folder of the right name is complete."""
-    partial = job.out.with_name(job.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(job.model, partial, ignore=shutil.ignore_patterns(WEIGHTS))
+    partial = Path(tempfile.mkdtemp(prefix=f"{job.out.name}-", dir=job.out.parent))
+    shutil.copytree(job.model, partial, ignore=shutil.ignore_patterns(WEIGHTS), dirs_exist_ok=True)
     save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
     (partial / RESULT).write_text(json.dumps(result, indent=1))
     shutil.rmtree(job.out, ignore_errors=True)

@@ -21,6 +21,7 @@ from bitwright.checkpoint.manifest import MANIFEST
 from bitwright.checkpoint.native_folder import read_native
 from bitwright.checkpoint.open import find_source, model_name
 from bitwright.checkpoint.quiet import quiet_transformers
+from bitwright.checkpoint.side_files import check_regular
 from bitwright.checkpoint.source import HuggingFaceSource, Source, locate_tensors
 from bitwright.errors import CheckpointError
 from bitwright.formats.folder import WEIGHTS_KEY
@@ -110,8 +111,13 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         CheckpointError: it has none, or one that transformers cannot read.
     """
     with tempfile.TemporaryDirectory() as place:
-        source.write_side_files(Path(place))
-        return _tokenizer(Path(place), source.label)
+        left_out = source.write_side_files(Path(place))
+        try:
+            return _tokenizer(Path(place), source.label)
+        except CheckpointError as error:
+            if not left_out:
+                raise
+            raise CheckpointError(f"{error}; {'; '.join(left_out)}") from error
 
 
 def _is_quantized(folder: Path) -> bool:
@@ -127,6 +133,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     _refuse_redirection(folder)
+    check_regular(folder)
     with quiet_transformers(), reading(folder, CheckpointError):
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -73,6 +73,19 @@ def copy_side_files(source: Path, folder: Path) -> list[str]:
     return left_out
 
 
+def check_regular(folder: Path) -> None:
+    """Refuse a folder one of whose side files is a pipe or a device, before a library opens it and waits for ever.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    for relative in sorted(_matching(folder)):
+        if (folder / relative).exists() and not (folder / relative).is_file():
+            raise CheckpointError(
+                f"{folder / visible(relative)}: not a regular file; put a copy of the file in its place"
+            )
+
+
 def _matching(source: Path) -> Iterator[str]:
     """Paths of all side files but folders, relative to `source`."""
     folders = {"", *(pattern.rpartition("/")[0] for pattern in PATTERNS)}

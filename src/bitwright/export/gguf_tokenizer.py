@@ -16,6 +16,7 @@ from typing import Any
 from gguf.constants import TokenType
 
 from bitwright.checkpoint.quiet import quiet_transformers
+from bitwright.checkpoint.side_files import check_regular
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.export.gguf_tokenizer_json import KEY, NEVER_MERGED, remainder
 
@@ -75,6 +76,7 @@ def _load(folder: Path) -> Any:
     # importing transformers takes seconds
     from transformers import AutoTokenizer
 
+    check_regular(folder)
     with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
