@@ -105,14 +105,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def verify_manifest(folder: Path, say: Callable[[str, int, int], None] | None = None) -> list[str]:
     """What does not agree with the manifest, one line per file; empty when the folder is intact.
 
-    `say` is told which file is being read, how many were, and how many there are.
+    `say` is told of every tenth part which file is being read, how many were, and how many there are.
     """
     files: dict[str, str] = read_manifest(folder)["files"]
     present = set(_present(folder, {parent for name in files for parent in _parents(name)})) - {MANIFEST}
     complaints = [f"{name}: missing" for name in sorted(files.keys() - present)]
     complaints += [f"{name}: not in the manifest" for name in sorted(present - files.keys())]
+    told = -1
     for done, name in enumerate(sorted(files.keys() & present)):
-        if say is not None:
+        if say is not None and 10 * done // len(files) > told:
+            told = 10 * done // len(files)
             say(f"checking {name}", done, len(files))
         try:
             found = file_sha256(folder / name)
