@@ -7,7 +7,6 @@ to gain. Weights that fit into the processor's caches can pass 100 %.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -149,7 +148,7 @@ def _kernels(packed: bool) -> tuple[str, str | None]:
     if not cpu.available():
         stale = "the compiled module is of another version; install bitwright anew"
         return "reference", columns.backend_reason() if columns.backend() == "reference" else stale
-    return os.environ.get("BITWRIGHT_ISA", cpu.instruction_sets()[-1]), None
+    return cpu.instruction_set(), None
 
 
 class _Decoder(Protocol):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bitwright.calibration.chat import chosen_template, render
-from bitwright.checkpoint.load import load_model, tokenizer_of
+from bitwright.checkpoint.load import LoadedModel, load_model, tokenizer_of
 from bitwright.errors import CheckpointError, EvaluationError
 from bitwright.execute.shown import Shown
 from bitwright.runtime.decode import LeanDecoder, supports
@@ -88,25 +88,33 @@ def generate(model: str, prompt: str, *, tokens: int = 32, chat: bool = False) -
     with reading(f"{model}, its tokenizer", CheckpointError):
         inputs = tokenizer(text, return_tensors="pt")
     ids = inputs["input_ids"]
+    if not ids.numel():
+        raise EvaluationError(f"{model}: its tokenizer makes no token of the prompt {prompt!r}; give another prompt")
     check_ids(ids, embedding_rows(loaded.model), f"{model}: the prompt", CheckpointError)
-    length = ids.shape[1] + tokens
-    fallback = supports(loaded.model, length) or _not_greedy(loaded.model.generation_config)
-    started = time.perf_counter()
-    if fallback is None and ids.shape[1]:
-        new = _lean(LeanDecoder(loaded.model, max_length=length), ids[0], tokens, _ends(loaded.model.generation_config))
-    else:
-        with torch.no_grad():
-            output = loaded.model.generate(
-                input_ids=ids,
-                attention_mask=inputs["attention_mask"],
-                max_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-            )
-        new = output[0, ids.shape[1] :].tolist()
-    seconds = time.perf_counter() - started
-    said = tokenizer.decode(new, skip_special_tokens=True)
+    with reading(f"{model}: running it", EvaluationError, "check its config.json and generation_config.json"):
+        fallback = supports(loaded.model, ids.shape[1] + tokens) or _not_greedy(loaded.model.generation_config)
+        started = time.perf_counter()
+        new = _continued(loaded, inputs, tokens, fallback)
+        seconds = time.perf_counter() - started
+        said = tokenizer.decode(new, skip_special_tokens=True)
     return Generation(prompt, said, len(new), seconds, fallback, template)
+
+
+def _continued(loaded: LoadedModel, inputs: Any, tokens: int, fallback: str | None) -> list[int]:
+    """At most `tokens` new tokens behind `inputs`, by transformers' own loop where there is a `fallback`."""
+    ids, settings = inputs["input_ids"], loaded.model.generation_config
+    if fallback is None:
+        return _lean(LeanDecoder(loaded.model, max_length=ids.shape[1] + tokens), ids[0], tokens, _ends(settings))
+    with torch.no_grad():
+        output = loaded.model.generate(
+            input_ids=ids,
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id,
+        )
+    new: list[int] = output[0, ids.shape[1] :].tolist()
+    return new
 
 
 def _chat(tokenizer: Any, model: str, prompt: str) -> tuple[str | None, str]:

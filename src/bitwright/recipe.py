@@ -21,6 +21,11 @@ from bitwright.method import Method, load_method
 from bitwright.numeric.settings import Settings, annotations_at, explain, nearest_name
 from bitwright.recipes.presets import method_names
 from bitwright.scheme import Scheme
+from bitwright.untrusted.boundary import brief, reading
+from bitwright.untrusted.files import open_regular
+
+_LARGEST_BYTES = 16 << 20
+_MOST_DOTS = 100
 
 
 def _as_method(value: Any) -> Any:
@@ -67,7 +72,7 @@ class Recipe(Settings):
     method: MethodField = None
     scheme: SchemeField = None
     rules: tuple[Rule, ...] = ()
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     calibration: Calibration = Calibration()
     bits_per_weight: float | None = Field(default=None, gt=2, le=16)
     """What the quantized weights may take together, outliers and scales included: as many outliers are kept,
@@ -105,7 +110,9 @@ def load_recipe(
     if file is not None and (method is not None or scheme is not None):
         raise RecipeError("give either a recipe file or a method and a scheme, not both; use --set to change fields")
     if file is not None:
-        where, raw = str(file), _read_toml(Path(file))
+        where = str(file)
+        with reading(where, RecipeError, "correct the file"):
+            raw = _read_toml(Path(file))
     else:
         if method is None or scheme is None:
             raise RecipeError(
@@ -116,10 +123,11 @@ def load_recipe(
         raw = _spelled_out({"method": method, "scheme": scheme})
     for override in overrides:
         _apply_override(raw, override)
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise RecipeError(f"{where}: {explain(error, Recipe)}") from error
+    with reading(where, RecipeError, "correct it"):
+        try:
+            return Recipe.model_validate(raw)
+        except ValidationError as error:
+            raise RecipeError(f"{where}: {explain(error, Recipe)}") from error
 
 
 def as_recipe(recipe: Recipe | str | Path | None, method: str | None, scheme: str | None) -> Recipe:
@@ -132,12 +140,17 @@ def as_recipe(recipe: Recipe | str | Path | None, method: str | None, scheme: st
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    with reading(path, RecipeError, "give a recipe in TOML"), open_regular(path) as file:
+        data = file.read(_LARGEST_BYTES + 1)
+    if len(data) > _LARGEST_BYTES:
+        raise RecipeError(f"{path}: longer than {_LARGEST_BYTES:,} bytes, so it is no recipe; give another file")
+    # The time for a key of many parts is the square of their number.
+    if max(line.count(b".") for line in data.split(b"\n")) > _MOST_DOTS:
+        raise RecipeError(f"{path}: a line with more than {_MOST_DOTS} dots, so it is no recipe; give another file")
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not TOML ({error})") from error
+        raw = tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RecipeError(f"{path}: not TOML ({brief(error)})") from error
     rules = raw.get("rules")
     if isinstance(rules, list):
         raw["rules"] = [_spelled_out(r, raw.get("scheme")) if isinstance(r, dict) else r for r in rules]
@@ -167,7 +180,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override!r} is not understood; needed key=value, such as outliers.n=2.5")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = text
     if key in ("scheme", "method"):
         raw[key] = value

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitwright.errors import FormatError
+from bitwright.errors import FormatError, PlanError
 from bitwright.formats.native import pack
 from bitwright.numeric.measure import sqnr_db, squared_error
 from bitwright.numeric.qtensor import QTensor
@@ -312,7 +312,7 @@ def test_native_parts_of_any_alignment(make_qtensor: Make) -> None:
 def test_environment(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     q = make_qtensor((8, 64), WeightSpec(bits=4, group_size=32))
     monkeypatch.setenv("BITWRIGHT_ISA", "z80")
-    with pytest.raises(ValueError, match="BITWRIGHT_ISA is 'z80', needed one of baseline"):
+    with pytest.raises(PlanError, match="BITWRIGHT_ISA is 'z80', needed one of baseline"):
         CpuWeight.of(packed(q))
     monkeypatch.setenv("BITWRIGHT_NATIVE", "0")
     module, x = QuantizedLinear.from_qtensor(q), torch.randn(2, 64)

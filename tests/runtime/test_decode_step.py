@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from bitwright.errors import PlanError
 from bitwright.numeric.measure import sqnr_db, squared_error
 from bitwright.numeric.qtensor import QTensor
 from bitwright.numeric.spec import WeightSpec
@@ -236,5 +237,5 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITWRIGHT_ISA", "z80")
-    with pytest.raises(ValueError, match="instruction set"):
+    with pytest.raises(PlanError, match=r"BITWRIGHT_ISA is 'z80', needed one of baseline.* unset it"):
         LeanDecoder(random_model("1 to 1 of 16"))

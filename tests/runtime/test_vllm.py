@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bitwright.errors import FormatError
+from bitwright.errors import FormatError, PlanError
 from bitwright.formats.native import QUANT_METHOD, Sites, TensorEntry, pack, quantization_config
 from bitwright.numeric.activation import ActivationSpec, InputSite, KvSpec
 from bitwright.numeric.fp8 import KvScales
@@ -424,3 +424,13 @@ def test_the_plugin_refuses(vllm: SimpleNamespace, make_qtensor: Make) -> None:
     for make in (lambda: Linear(config, "up", [40], 64), lambda: Embedding(config, "emb")):
         with pytest.raises(FormatError, match="tensor_parallel_size is 2, needed 1"):
             make()
+
+
+def test_without_vllm_the_plugin_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitwright.runtime.vllm import register
+
+    monkeypatch.delitem(sys.modules, "bitwright.runtime.vllm.plugin", raising=False)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm.config", None)
+    with pytest.raises(PlanError, match=r"needs the package vllm.*pip install 'bitwright\[vllm\]'"):
+        register()

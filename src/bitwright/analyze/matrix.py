@@ -91,7 +91,7 @@ def measure_matrix(model: str, draws: Sequence[CalibrationSet], options: MatrixO
     folder = options.folder
     private_folder(folder)
     place = folder / "matrix.json"
-    known: dict[str, list[dict[str, Any]]] = _kept_cells(place) if place.exists() else {}
+    known: dict[str, list[dict[str, Any]]] = kept_cells(place) if place.exists() else {}
     keys = [_key(source, cell, options.evaluations) for cell in cells]
     missing = [number for number, key in enumerate(keys) if key not in known]
     if missing:
@@ -117,8 +117,12 @@ def measure_matrix(model: str, draws: Sequence[CalibrationSet], options: MatrixO
     )
 
 
-def _kept_cells(place: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of finished cells that an earlier run kept."""
+def kept_cells(place: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of finished cells that an earlier run kept in the file `place`.
+
+    Raises:
+        EvaluationError: it is damaged.
+    """
     cells = read_json(place, EvaluationError)
     with reading(place, EvaluationError, f"remove {place} to measure anew"):
         TypeAdapter(dict[str, list[MatrixRow]]).validate_python(cells)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from bitwright.checkpoint.bounds import check_bounds
 from bitwright.checkpoint.clues import block_key, missing_key, size_keys, unexpected_key
 from bitwright.checkpoint.shard import TensorInfo
 from bitwright.checkpoint.skeleton import build_skeleton
@@ -69,7 +70,7 @@ def agree(
         PlanError: transformers cannot build the model of `config`.
     """
     stored: dict[str, Shape | None] = {**{name: info.shape for name, info in tensors.items()}, **(quantized or {})}
-    _check_count(label, config, stored)
+    check_bounds(label, config, stored)
     buffers = {name for name, info in tensors.items() if _is_buffer(name, info)}
     if not _is_known(config):
         # an architecture of others: what is not a tensor of its own is all that can be told
@@ -194,15 +195,6 @@ def _is_buffer(name: str, info: TensorInfo) -> bool:
 
 
 # --- what is wrong, in words -------------------------------------------------------------------------------
-
-
-def _check_count(label: str, config: Config, stored: Mapping[str, Any]) -> None:
-    """Refuse more blocks than there are tensors, before a model of so many is built."""
-    key, count = block_key(config)
-    if count > len(stored):
-        raise CheckpointError(
-            f"{label}: config.json says {key} = {count}, and the files hold {len(stored)} tensors in all; {_REMEDY}"
-        )
 
 
 def _blocks(model: _Model, config: Config) -> Iterable[str]:

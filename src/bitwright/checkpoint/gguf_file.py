@@ -41,7 +41,12 @@ _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=
 _DEFAULT_ALIGNMENT_BYTES = 32
 _LARGEST_RANK = 4  # ggml has no more
 _LARGEST_NAME_BYTES = 65535  # of a key or a tensor, by the specification
-_LARGEST_VALUE_BYTES = 1 << 30
+_LARGEST_TEXT_BYTES = 64 << 20
+# Of a header in all. The longest vocabularies have 300 000 tokens and 600 000 merges, models without stacks of experts
+# some thousand tensors.
+_MOST_KEYS = 65_536
+_MOST_TENSORS = 262_144
+_MOST_ELEMENTS = 4_000_000
 _PIECE_VALUES = 1 << 20
 
 
@@ -145,6 +150,7 @@ class _Parser:
         self.path = path
         self.file = file
         self.size = size
+        self._elements = 0
 
     def header(self) -> GgufHeader:
         if self.file.read(4) != _MAGIC:
@@ -155,6 +161,8 @@ class _Parser:
             raise CheckpointError(
                 f"{self.path}: {kind} GGUF, needed little-endian version 2 or 3; convert the model again"
             )
+        self.check_count("keys", metadata_count, _MOST_KEYS)
+        self.check_count("tensors", tensor_count, _MOST_TENSORS)
         metadata: dict[str, Any] = {}
         for _ in range(metadata_count):
             key = self.name("key")
@@ -172,7 +180,7 @@ class _Parser:
     def take(self, count: int) -> bytes:
         """The next `count` bytes."""
         # the bound first: a damaged length must not become an allocation
-        data = self.file.read(count) if count <= min(self.size, _LARGEST_VALUE_BYTES) else b""
+        data = self.file.read(count) if count <= min(self.size, _LARGEST_TEXT_BYTES) else b""
         if len(data) != count:
             raise CheckpointError(
                 f"{self.path}: the header does not end within the file's {self.size} bytes; "
@@ -207,6 +215,8 @@ class _Parser:
         if kind != _ARRAY:
             raise CheckpointError(f"{self.path}: {key} has type {kind}, which GGUF does not define")
         kind, count = self.numbers("IQ")
+        self._elements += count
+        self.check_count(f"elements of arrays up to {key}", self._elements, _MOST_ELEMENTS)
         if kind in _SCALARS:
             width = struct.calcsize("<" + _SCALARS[kind])
             return list(struct.unpack(f"<{count}{_SCALARS[kind]}", self.take(count * width)))
@@ -215,6 +225,13 @@ class _Parser:
         for _ in range(count):
             self.take(*self.numbers("Q"))
         return count
+
+    def check_count(self, what: str, found: int, most: int) -> None:
+        """Refuse counts that no model has, before so many things are made."""
+        if found > most:
+            raise CheckpointError(
+                f"{self.path}: {found} {what}, at most {most} are read; the file is damaged: download it again"
+            )
 
     def tensor_entry(self) -> tuple[str, GgufTensor]:
         """Name and entry of one tensor; `start` and `end` still count from the beginning of the data."""

@@ -27,7 +27,7 @@ SUFFIX = ".partial"
 CLASS = "numeric_class"
 """Key of a calibrated job: the numeric classes in which it was computed, in order."""
 _JOURNAL = "journal.jsonl"
-_SHARD = re.compile(r"[\w.-]+\.safetensors")
+_SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Records = list[dict[str, Any]]

@@ -18,7 +18,7 @@ import torch
 from bitwright.checkpoint.agreement import agree
 from bitwright.checkpoint.finite import check_finite
 from bitwright.checkpoint.manifest import MANIFEST
-from bitwright.checkpoint.native_folder import read_native
+from bitwright.checkpoint.native_folder import check_saved, read_native
 from bitwright.checkpoint.open import find_source, model_name
 from bitwright.checkpoint.quiet import quiet_transformers
 from bitwright.checkpoint.side_files import check_regular
@@ -81,12 +81,15 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
 
         if (folder / MANIFEST).exists():
             read_native(folder)
+        else:
+            check_saved(folder)
         register()
-        # Names, headers and kinds of files, before transformers opens any: it would unpickle some of them.
+        # Names and kinds of files, before transformers opens any: it would unpickle some of them.
         locate_tensors(folder)
         return LoadedModel(_from_folder(folder, dtype), model, folder, quantized=True)
     source = find_source(model)
-    agree(source.label, source.config, source.tensors)
+    with reading(source.label, CheckpointError):
+        agree(source.label, source.config, source.tensors)
     if isinstance(source, HuggingFaceSource):
         folder = source.folder
         return LoadedModel(_from_folder(folder, dtype), model, folder, quantized=False)

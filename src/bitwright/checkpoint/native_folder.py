@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.checkpoint.agreement import agree
+from bitwright.checkpoint.bounds import check_bounds
 from bitwright.checkpoint.manifest import MANIFEST, read_manifest
 from bitwright.checkpoint.shard import TensorInfo, file_sha256, read_header
+from bitwright.checkpoint.source import locate_tensors
 from bitwright.errors import CheckpointError, FormatError, PlanError
 from bitwright.formats.folder import INDEX, PLAIN_INDEX, WEIGHTS_KEY
 from bitwright.formats.native import (
@@ -82,6 +84,22 @@ def _read_native(folder: Path) -> NativeHeaders:
     left_out = _check_model(folder, config, kept, entries, tied)
     place = {name: where for name, where in place.items() if name not in left_out}
     return NativeHeaders(manifest, config, entries, sites, tied, place, left_out)
+
+
+def check_saved(folder: Path) -> None:
+    """Check the sizes in the config of a native folder without a manifest, as `save_pretrained` leaves it.
+
+    Raises:
+        FormatError: its `quantization_config` breaks the format.
+        CheckpointError: a shard is missing or damaged, or no tensor is as large as the config says.
+    """
+    config = read_config(folder)
+    with reading(folder, FormatError):
+        entries = read_quantization_config(config.pop("quantization_config"))
+        stored: dict[str, tuple[int, ...] | None] = {
+            name: info.shape for name, (_, info) in locate_tensors(folder).items()
+        }
+        check_bounds(str(folder), config, stored | {name: entry.shape for name, entry in entries.items()})
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from bitwright.checkpoint.settle import settled
 from bitwright.checkpoint.side_files import hub_patterns
 from bitwright.checkpoint.source import HuggingFaceSource, Source
 from bitwright.errors import CheckpointError
+from bitwright.untrusted.boundary import reading
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -27,7 +28,9 @@ def open_source(model: str) -> Source:
             contradicts itself.
         PlanError: transformers cannot build the model of its config.
     """
-    return settled(find_source(model))
+    source = find_source(model)
+    with reading(source.label, CheckpointError):
+        return settled(source)
 
 
 def find_source(model: str) -> Source:
@@ -37,6 +40,11 @@ def find_source(model: str) -> Source:
         CheckpointError: nothing of that name can be read; the message lists what was tried.
     """
     model = model_name(model)
+    with reading(model, CheckpointError):
+        return _find_source(model)
+
+
+def _find_source(model: str) -> Source:
     if model == "demo":
         return DemoSource()
     path = Path(model)

@@ -46,6 +46,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_HEADER_BYTES = 100 * 1024 * 1024
 _LARGEST_RANK = 16
+_MOST_TENSORS = 250_000
 _ALIGNMENT_BYTES = 8
 
 
@@ -88,6 +89,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    # before anything is made of them; models of a trillion weights have 200 000 tensors in a hundred files
+    if (count := text.count(b'"dtype"')) > _MOST_TENSORS:
+        raise CheckpointError(f"{path}: {count:,} tensors, at most {_MOST_TENSORS:,} are read; {REMEDY}")
     raw = parse_json(text, f"{path}, its header", CheckpointError)
     metadata = raw.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):

@@ -16,9 +16,12 @@ from bitwright.checkpoint.side_files import copy_side_files
 from bitwright.errors import CheckpointError
 from bitwright.formats import compressed_tensors, config
 from bitwright.formats.folder import INDEX, PLAIN_INDEX
+from bitwright.untrusted.boundary import REMEDY
 from bitwright.untrusted.json_file import read_json
 from bitwright.untrusted.names import shards_of
 
+# Of an index; models of a trillion weights have 200 000.
+_MOST_TENSORS = 500_000
 # What `bitwright import` reads, by the quant_method of its config.json.
 IMPORTED = (compressed_tensors.QUANT_METHOD, "gptq", "awq")
 
@@ -129,6 +132,10 @@ def locate_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     weight_map = read_json(index_path, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path}: no weight_map")
+    if len(weight_map) > _MOST_TENSORS:
+        raise CheckpointError(
+            f"{index_path}: {len(weight_map):,} tensors, at most {_MOST_TENSORS:,} are read; {REMEDY}"
+        )
     paths = shards_of(folder, weight_map.values(), index_path, CheckpointError)
     headers = {}
     for file_name, path in sorted(paths.items()):

@@ -33,6 +33,7 @@ from bitwright.formats.gguf import TYPES, decode, dequantized, tolerance
 from bitwright.formats.gguf_codebook import CODEBOOK_TYPES, decode_codebook
 from bitwright.formats.native import FORMAT_VERSION, TensorEntry, pack, packed_bytes, quantization_config
 from bitwright.models import adapter_for
+from bitwright.untrusted.boundary import reading
 
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 
@@ -63,18 +64,19 @@ def import_gguf(path: str | Path, out: str | Path, *, say: Say = silent, progres
         ResumeError: `out` exists.
     """
     path, out = Path(path), Path(out)
-    header = read_gguf_header(path)
-    source = _source(path, header)
-    agree(str(path), source.config, source.tensors)
-    stored = header.tensors
-    model = gguf_model(source.config, {name: info.shape for name, info in source.tensors.items()})
-    place = {name: stored[theirs] for name, theirs in model.names.items()}
-    _check_types(path, place)
+    with reading(path, CheckpointError):
+        header = read_gguf_header(path)
+        source = _source(path, header)
+        agree(str(path), source.config, source.tensors)
+        model = gguf_model(source.config, {name: info.shape for name, info in source.tensors.items()})
+        place = {name: header.tensors[theirs] for name, theirs in model.names.items()}
+        _check_types(path, place)
     quantized = [name for name, entry in place.items() if entry.kind not in PLAIN]
     say(f"{path}: {len(quantized)} matrices in blocks")
     with new_folder(out) as working:
         # before the weights, for it may be refused
-        write_tokenizer(path, source.config, working)
+        with reading(f"{path}, its tokenizer", CheckpointError):
+            write_tokenizer(path, source.config, working)
         writer, done = FolderWriter(working, {"bitwright": str(FORMAT_VERSION)}), _Done()
         total = sum(math.prod(entry.shape) for entry in place.values())
         shards = list(_shards(place, adapter_for(source.config).blocks))

@@ -18,6 +18,7 @@ from bitwright.models.opt import opt
 from bitwright.models.qwen2 import qwen2
 from bitwright.models.qwen3 import qwen3
 from bitwright.models.qwen3_moe import qwen3_moe
+from bitwright.untrusted.boundary import reading
 
 ADAPTERS: dict[str, Callable[[Config], Adapter]] = {
     "falcon": falcon,
@@ -46,6 +47,11 @@ def adapter_for(config: Config) -> Adapter:
             f"config.json has model_type {model_type!r}; the name of an architecture is needed; "
             "add it, for example 'llama'"
         )
+    with reading("config.json", PlanError, "correct the file, or download it again"):
+        return _adapter(model_type, config)
+
+
+def _adapter(model_type: str, config: Config) -> Adapter:
     if model_type in ADAPTERS:
         return ADAPTERS[model_type](config)
     # importing transformers takes seconds, which the architectures above need not pay

@@ -45,7 +45,7 @@ Proposals = Iterator[Sequence[Edge]]  # alternatives, of which the first that ho
 FLOAT64_PARAMETERS = 50_000_000  # largest probe in float64: 0.4 GB of weights
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 OFFSETS = (0.0, 1.0)  # what norms add to their stored weight; Gemma adds one
-PROBE_VOCABULARY, PROBE_TOKENS, SEED = 64, 12, 0
+PROBE_VOCABULARY, PROBE_TOKENS, PROBE_POSITIONS, SEED = 64, 12, 65536, 0
 # what transformers raises for a config that it cannot build or run, besides errors of its own
 BUILTIN = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError, ImportError)
 BAD_CONFIG = (StrictDataclassError, *BUILTIN)
@@ -123,8 +123,7 @@ class Probe:
 def discover(config: Config) -> Adapter:
     """The adapter of the architecture of `config` (the contents of `config.json`).
 
-    Deterministic; leaves torch's random state alone. Takes the memory of one block in float32, or in float64
-    if it is small.
+    Deterministic; leaves torch's random state alone. Takes the memory of one block in float32 (float64 if small).
 
     Raises:
         PlanError: transformers does not know the architecture or cannot run it, it is multimodal, its blocks
@@ -191,6 +190,7 @@ def _shortened(config: Any) -> Any:
     if getattr(one, "layer_types", None):
         one.layer_types = one.layer_types[:1]
     one.vocab_size = min(one.vocab_size, PROBE_VOCABULARY)
+    one.max_position_embeddings = min(getattr(one, "max_position_embeddings", None) or 0, PROBE_POSITIONS)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(one, key, None)  # they may lie outside the short vocabulary
     return one

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from bitwright.errors import PlanError
 from bitwright.formats.native import TensorEntry, check_parts
 from bitwright.numeric.outliers import Outliers
 from bitwright.numeric.spec import WeightSpec
@@ -70,11 +71,18 @@ def instruction_sets() -> list[str]:
     return [] if _NATIVE is None else list(_NATIVE.matmul_isas())
 
 
-def _instruction_set() -> str:
+def instruction_set() -> str:
+    """What the compiled kernels use: the best that this machine has, or what BITWRIGHT_ISA names.
+
+    Raises:
+        PlanError: it names none of this machine.
+    """
     names = instruction_sets()
     chosen = os.environ.get("BITWRIGHT_ISA", names[-1])
     if chosen not in names:
-        raise ValueError(f"BITWRIGHT_ISA is {chosen!r}, needed one of {', '.join(names)} on this machine")
+        raise PlanError(
+            f"BITWRIGHT_ISA is {chosen!r}, needed one of {', '.join(names)} on this machine; unset it to use the best"
+        )
     return chosen
 
 
@@ -104,7 +112,7 @@ class CpuWeight:
 
         Raises:
             FormatError: `weight` breaks any rule of the native format.
-            ValueError: BITWRIGHT_ISA names no instruction set of this machine.
+            PlanError: BITWRIGHT_ISA names no instruction set of this machine.
         """
         assert _NATIVE is not None
         stored, spec = weight.stored(), weight.spec
@@ -124,7 +132,7 @@ class CpuWeight:
             (*weight.shape, width, weight.bits),
             (*kinds, float(spec.centre)),
             tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
-            _instruction_set(),
+            instruction_set(),
         )
         words = weight.weight_packed.contiguous()
         native.repack(words.data_ptr(), words.shape[1], codes.data_ptr(), torch.get_num_threads())
@@ -281,7 +289,7 @@ class CpuKernel:
         # All parts but the first, which is the key, are held: another tensor cannot take an address meanwhile.
         parts = list(weight.stored().values())
         numbers = (weight.bits, weight.group_size, weight.in_features, tuple(weight.bilevel))
-        stamp, isa = _stamp(parts), _instruction_set()
+        stamp, isa = _stamp(parts), instruction_set()
         found = self._prepared.get(weight.weight_packed)
         if found is not None and found[:3] == (stamp, numbers, isa):
             made: CpuWeight = found[4]

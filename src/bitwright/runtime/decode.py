@@ -11,7 +11,6 @@ What it does not cover it refuses, with a reason (`supports`); transformers' own
 from __future__ import annotations
 
 import importlib
-import os
 from typing import Any, get_args
 
 import torch
@@ -86,7 +85,8 @@ class LeanDecoder:
         """The compiled decoder of these weights; None without compiled kernels.
 
         Raises:
-            ValueError: sizes do not fit each other, or BITWRIGHT_ISA names no instruction set of this machine.
+            ValueError: sizes do not fit each other.
+            PlanError: BITWRIGHT_ISA names no instruction set of this machine.
         """
         native = importlib.import_module("bitwright._native") if cpu.available() else None
         if native is None or getattr(native, "DECODE_INTERFACE", None) != _INTERFACE:
@@ -113,7 +113,7 @@ class LeanDecoder:
             tuple(t.data_ptr() for t in (self._cos, self._sin, self._final_norm, self._keys, self._values)),
             (self._table.described(), self._head.described()),
             tuple(blocks),
-            os.environ.get("BITWRIGHT_ISA", cpu.instruction_sets()[-1]),
+            cpu.instruction_set(),
         )
 
     @torch.inference_mode()

@@ -6,9 +6,22 @@ multiplies by them, and `plugin` alone imports vLLM. Devices are those of `runti
 
 from __future__ import annotations
 
+from bitwright.errors import PlanError
+
 
 def register() -> None:
-    """Teach vLLM the method "bitwright" (entry point group `vllm.general_plugins`); again changes nothing."""
-    from bitwright.runtime.vllm.plugin import register as register_config
+    """Teach vLLM the method "bitwright" (entry point group `vllm.general_plugins`); again changes nothing.
 
+    Raises:
+        PlanError: vLLM is not installed.
+    """
+    try:
+        from bitwright.runtime.vllm.plugin import register as register_config
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "vllm":
+            raise
+        raise PlanError(
+            "bitwright's plugin for vLLM needs the package vllm, which is missing; install it with: "
+            "pip install 'bitwright[vllm]'"
+        ) from error
     register_config()
