@@ -45,7 +45,7 @@ Run = Callable[[Path, Path], object]
 Make = Callable[[Path], None]
 """Fills a new folder with the input."""
 disable_progress_bar()
-CONFIG, INDEX, SHARDS, TEMPLATE = "config.json", "model.safetensors.index.json", "*.safetensors", "chat_template.jinja"
+CONFIG, INDEX, SHARDS, TEMPLATE = "config.json", "*.index.json", "*.safetensors", "chat_template.jinja"
 
 
 @dataclass(frozen=True)

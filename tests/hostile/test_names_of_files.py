@@ -17,7 +17,7 @@ from bitwright.errors import CheckpointError, FormatError
 from bitwright.export.targets import export_model, import_model
 from bitwright.runtime.huggingface import register
 
-INDEX, MANIFEST = "model.safetensors.index.json", "manifest.json"
+MANIFEST = "manifest.json"
 NAMES = {
     "../model-00001-of-00004.safetensors": "lies outside the folder",
     "sub/model-00001-of-00004.safetensors": "lies outside the folder",
@@ -55,10 +55,11 @@ def damaged(folder: Path, place: Path, name: str) -> Path:
     """A copy of `folder` the first shard of whose index and manifest is called `name`, with a program of that name."""
     copy = place / "folder"
     shutil.copytree(folder, copy)
-    index = json.loads((copy / INDEX).read_text())
+    (place_of_index,) = copy.glob("*.index.json")
+    index = json.loads(place_of_index.read_text())
     first = min(index["weight_map"].values())
     index["weight_map"] = {key: name if file == first else file for key, file in index["weight_map"].items()}
-    (copy / INDEX).write_text(json.dumps(index))
+    place_of_index.write_text(json.dumps(index))
     if (copy / MANIFEST).exists():
         manifest = json.loads((copy / MANIFEST).read_text())
         manifest["shards"][0] = name
@@ -120,6 +121,8 @@ def test_what_would_redirect_transformers_is_refused(folders: dict[str, Path], t
     with pytest.raises(CheckpointError, match=r"an adapter .* merge it"):
         load_model(str(folder))
     (folder / "adapter_config.json").unlink()
+    if kind == "native":
+        return  # its quantizer says where the index is
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
     with pytest.raises(CheckpointError, match=r"transformers_weights names other files.*remove the key"):
