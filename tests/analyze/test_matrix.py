@@ -17,7 +17,6 @@ from bitwright.analyze.model import MatrixRow, VarianceRow
 from bitwright.analyze.run import STATIC, Budget, analyze
 from bitwright.analyze.sets import CalibrationSet, SetMaker, parse_set
 from bitwright.calibration.tokens import Calibration, calibration_windows
-from bitwright.checkpoint.load import load_tokenizer
 from bitwright.checkpoint.open import open_source
 from bitwright.errors import CalibrationError
 
@@ -150,18 +149,17 @@ def test_one_seed_tells_no_ratio_and_equal_values_are_constant() -> None:
 # --- windows from a file --------------------------------------------------------------------------------------
 
 
-def test_windows_of_a_file_are_taken_as_they_are(tiny_llama_folder: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(open_source(str(tiny_llama_folder)))
-    ids = torch.arange(3 * 64).reshape(3, 64) % len(tokenizer)
+def test_windows_of_a_file_are_taken_as_they_are(tmp_path: Path) -> None:
+    ids = torch.arange(3 * 64).reshape(3, 64)
     path = tmp_path / "windows.safetensors"
     save_file({"ids": ids}, path)
-    found = calibration_windows(Calibration(text=str(path), windows=2, window_tokens=48), tokenizer, seed=5)
+    found = calibration_windows(Calibration(text=str(path), windows=2, window_tokens=48), None, seed=5, vocabulary=320)
     assert torch.equal(found.ids, ids[:2, :48])
-    with pytest.raises(CalibrationError, match=r"\[3, 64\], needed integers of at least \[4, 48\]"):
-        calibration_windows(Calibration(text=str(path), windows=4, window_tokens=48), tokenizer, seed=5)
-    save_file({"ids": ids + len(tokenizer)}, path)
+    with pytest.raises(CalibrationError, match=r"\[3, 64\], needed at least \[4, 48\].*calibration\.windows=3"):
+        calibration_windows(Calibration(text=str(path), windows=4, window_tokens=48), None, seed=5, vocabulary=320)
+    save_file({"ids": ids + 320}, path)
     with pytest.raises(CalibrationError, match="use the tokenizer that belongs to this model"):
-        calibration_windows(Calibration(text=str(path), windows=3, window_tokens=64), tokenizer, seed=5)
+        calibration_windows(Calibration(text=str(path), windows=3, window_tokens=64), None, seed=5, vocabulary=320)
     save_file({"tokens": ids}, path)
     with pytest.raises(CalibrationError, match="needed a safetensors file with the tensor ids"):
-        calibration_windows(Calibration(text=str(path), windows=3, window_tokens=64), tokenizer, seed=5)
+        calibration_windows(Calibration(text=str(path), windows=3, window_tokens=64), None, seed=5, vocabulary=320)
