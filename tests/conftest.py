@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 with warnings.catch_warnings():
     # optional packages that transformers imports when they are installed warn while being imported
     warnings.simplefilter("ignore")
     import transformers.modeling_utils  # noqa: F401
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from tiny_tokenizer import TINY_VOCABULARY, tiny_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
 
 from bitwright.numeric.bilevel import SecondLevel, code_offset
 from bitwright.numeric.grid import Grid, group_rows, stored_scale, stored_zero, ungroup_rows
@@ -27,8 +27,6 @@ from bitwright.numeric.spec import WeightSpec
 from bitwright.ranges import Minmax, Ranging, fit_grid
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-TINY_TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on in the afternoon sun. " * 4
-TINY_VOCABULARY = 320
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,21 +41,6 @@ def _threads():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: 256 bytes, 2 special tokens and a few merges."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=TINY_VOCABULARY,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator([TINY_TEXT], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
 @pytest.fixture(scope="session")

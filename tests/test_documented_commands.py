@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_VOCABULARY, tiny_tokenizer
+from tiny_tokenizer import TINY_VOCABULARY, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bitwright.analyze.choices import parse_choice

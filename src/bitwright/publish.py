@@ -38,7 +38,7 @@ def finish(
     journal.remove_strangers()
     shards = [journal.done[plan.shard_name(index)] for index in range(len(plan.units))]
     records = [record for shard in shards for record in shard["records"]]
-    config = native_config(source.config, _quantization_config(plan, records))
+    config = native_config(source.config, quantization_settings(plan, records))
     if plan.tied_head is not None:
         # transformers would otherwise tie the head to a float weight that no longer exists.
         config["tie_word_embeddings"] = False
@@ -120,7 +120,7 @@ def _more(complaints: Sequence[str]) -> str:
     return f" ({len(complaints)} such)" if len(complaints) > 1 else ""
 
 
-def _quantization_config(plan: Plan, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def quantization_settings(plan: Plan, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What config.json says of the result."""
     details = {record["tensor"]: record for record in records}
     rows = [row for row in plan.rows() if row.action == "quantize"]

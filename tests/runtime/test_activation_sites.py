@@ -21,7 +21,7 @@ from bitwright.numeric.activation import ActivationSpec, InputSite, KvSpec, fake
 from bitwright.numeric.hadamard import hadamard_blocks
 from bitwright.numeric.qtensor import QTensor
 from bitwright.numeric.spec import WeightSpec
-from bitwright.pipeline import _quantization_config
+from bitwright.publish import quantization_settings
 from bitwright.recipe import load_recipe
 from bitwright.rows import Row
 from bitwright.runtime.attention import quantize_kv
@@ -215,7 +215,7 @@ def test_ranges_of_a_calibrated_run_reach_the_files(tiny_llama_folder: Path) -> 
         {"tensor": row.tensor, "outliers": 0, "outlier_value_bits": 16, "input_range": ranges[row.tensor]}
         for row in plan.rows()
     ]
-    sites = read_sites(json.loads(json.dumps(_quantization_config(plan, records))))
+    sites = read_sites(json.loads(json.dumps(quantization_settings(plan, records))))
     assert len(sites.inputs) == 14
     for module, site in sites.inputs.items():
         assert site == InputSite.static(spec, *ranges[f"{module}.weight"])
@@ -250,8 +250,8 @@ def _with_activation(row: Row, spec: ActivationSpec) -> Row:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('method = "rtn"\nscheme = "w4a12"', "12-bit activations, needed 4 to 8"),
-        ('method = "rtn"\nscheme = "w4a16kv12"', "12-bit KV cache, needed 2 to 8"),
+        ('method = "rtn"\nscheme = "w4a12"', "12-bit activations; needed a4 to a8"),
+        ('method = "rtn"\nscheme = "w4a16kv12"', "12-bit KV cache; needed kv2 to kv8"),
         (
             'method = "rtn"\nscheme = "w4a4kv4"\nrules = [{match = "*.q_proj", scheme = "w4a4kv8"}]',
             "the model has one: let the rules agree",
