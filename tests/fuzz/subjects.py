@@ -179,6 +179,18 @@ def _texts(folder: Path) -> None:
     (folder / "wiki.txt").write_text(rows)
 
 
+def _data_sets(folder: Path) -> None:
+    source(folder)
+    lines = [f"{number}: {_TEXT}" for number in range(6)]
+    rows = [{"text": line, "n": number} for number, line in enumerate(lines)]
+    question = {"role": "user", "content": "Hi"}
+    chats = [{"messages": [question, {"role": "assistant", "content": line}]} for line in lines]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "rows.csv").write_text("n,text\n" + "".join(f'{number},"{line}"\n' for number, line in enumerate(lines)))
+
+
 def _report(folder: Path) -> None:
     folder.mkdir()
     rows = [
@@ -300,6 +312,19 @@ def _read_texts(folder: Path, _: Path) -> None:
     bitwright.eval(str(folder), text=folder / "text.txt", options=bitwright.EvalOptions(windows=1, length=32))
 
 
+def _read_data_sets(folder: Path, _: Path) -> None:
+    tokenizer = load_tokenizer(open_source(str(folder)))
+    refusal = None
+    for name in ("rows.jsonl", "chats.jsonl", "rows.json", "rows.csv"):
+        wanted = Calibration(text=str(folder / name), windows=2, window_tokens=48)
+        try:
+            calibration_windows(wanted, tokenizer, 0)
+        except bitwright.CalibrationError as error:
+            refusal = error
+    if refusal is not None:
+        raise refusal
+
+
 def _read_report(folder: Path, _: Path) -> None:
     render(read_report(folder / "report.json"))
 
@@ -362,6 +387,12 @@ SUBJECTS = (
         "calibration windows", _windows_file, (("windows.safetensors", safetensors_mutation),), (_windows, _calibrate)
     ),
     Subject("texts", _texts, (("*.txt", bytes_mutation),), (_read_texts, _calibrate)),
+    Subject(
+        "data sets",
+        _data_sets,
+        (("*.jsonl", lines_mutation), ("rows.json", json_mutation), ("rows.csv", bytes_mutation)),
+        (_read_data_sets,),
+    ),
     Subject("report", _report, (("report.json", json_mutation),), (_read_report,)),
     Subject("kept cells", _report, (("matrix.json", json_mutation),), (_read_cells,)),
 )

@@ -29,7 +29,8 @@ from bitwright.calibration.text import AnyText, load_text, rows_as_text
 from bitwright.checkpoint.shard import read_header, read_tensor
 from bitwright.errors import BitwrightError, CalibrationError, CheckpointError, EvaluationError
 from bitwright.numeric.settings import Settings
-from bitwright.untrusted.ids import check_ids
+from bitwright.untrusted.boundary import reading
+from bitwright.untrusted.ids import TOKENIZER_REMEDY, check_ids
 
 HUB = "hf:"
 IDS = "ids"
@@ -134,7 +135,8 @@ def calibration_windows(
         return _given(settings, vocabulary)
     try:
         text = _load(settings, tokenizer)
-        ids = draw_windows(tokenizer, text, settings.windows, settings.window_tokens, seed)
+        with reading(f"{text.name}: its tokens", EvaluationError, TOKENIZER_REMEDY):
+            ids = draw_windows(tokenizer, text, settings.windows, settings.window_tokens, seed)
         chosen = chosen_template(tokenizer) if text.templated else None
     except EvaluationError as error:  # text serves both; here it is the calibration that cannot be run
         remedy = str(error)

@@ -209,7 +209,10 @@ def _tokenizer(folder: Path, label: str) -> PreTrainedTokenizerBase:
         )
     with quiet_transformers():
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            # some settings are looked at when it is first used
+            tokenizer("a")
+            return tokenizer
         except Exception as error:  # the tokenizers library raises bare Exceptions
             # the files may lie in a temporary place, which means nothing to the user
             raise CheckpointError(

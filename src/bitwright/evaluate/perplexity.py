@@ -29,6 +29,8 @@ from bitwright.calibration.text import AnyText, Text
 from bitwright.calibration.tokenize import token_ids
 from bitwright.errors import EvaluationError
 from bitwright.evaluate.logits import Model, logit_chunks
+from bitwright.untrusted.boundary import reading
+from bitwright.untrusted.ids import TOKENIZER_REMEDY
 from bitwright.words import Protocol
 
 Progress = Callable[[int, int], None]
@@ -72,9 +74,10 @@ def token_windows(
     _check_request(tokenizer, length, limit, protocol)
     step = length - 1 if protocol == "gptq+bos" else length
     whole = not isinstance(text, LargeText) or limit is None
-    tokens = token_ids(
-        tokenizer, text, special=protocol != "gptq+bos", enough=None if whole or limit is None else limit * step
-    )
+    with reading(f"{text.name}: its tokens", EvaluationError, TOKENIZER_REMEDY):
+        tokens = token_ids(
+            tokenizer, text, special=protocol != "gptq+bos", enough=None if whole or limit is None else limit * step
+        )
     windows = len(tokens) // step
     if windows == 0:
         raise EvaluationError(

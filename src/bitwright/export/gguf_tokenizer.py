@@ -19,6 +19,8 @@ from bitwright.checkpoint.quiet import quiet_transformers
 from bitwright.checkpoint.side_files import check_regular
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.export.gguf_tokenizer_json import KEY, NEVER_MERGED, remainder
+from bitwright.untrusted.boundary import reading
+from bitwright.untrusted.ids import TOKENIZER_REMEDY
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -50,6 +52,11 @@ def read_tokenizer(folder: Path, vocab_size: int, pre: str | None = None) -> dic
         CheckpointError: the folder has no tokenizer, or one that transformers cannot read.
         FormatError: one that llama.cpp does not have, or with more tokens than `vocab_size`.
     """
+    with reading(f"{folder}, its tokenizer", FormatError, TOKENIZER_REMEDY):
+        return _read_tokenizer(folder, vocab_size, pre)
+
+
+def _read_tokenizer(folder: Path, vocab_size: int, pre: str | None) -> dict[str, Any]:
     tokenizer = _load(folder)
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     if (kind := content["model"]["type"]) != "BPE":

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from bitwright.errors import BitwrightError
 
+TOKENIZER_REMEDY = "copy the tokenizer files of the original checkpoint into the model's folder"
+
 
 def embedding_rows(model: Any) -> int | None:
     """Rows of the token embedding of a transformers model, packed or not; None where that cannot be told."""
