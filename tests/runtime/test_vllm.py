@@ -426,6 +426,25 @@ def test_the_plugin_refuses(vllm: SimpleNamespace, make_qtensor: Make) -> None:
             make()
 
 
+@pytest.mark.parametrize("index", ["bitwright.safetensors.index.json", "model.safetensors.index.json"])
+def test_the_plugin_refuses_weights_that_are_no_safetensors(
+    vllm: SimpleNamespace, make_qtensor: Make, tmp_path: Path, index: str
+) -> None:
+    def linear() -> Linear:
+        config = vllm.configs[QUANT_METHOD].from_config(config_of({"up": make_qtensor((40, 64), W4)}))
+        return Linear(config, "up", [40], 64)
+
+    vllm.model_config = SimpleNamespace(model=str(tmp_path))
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(FormatError, match="no safetensors files"):
+        linear()
+    (tmp_path / "model.safetensors").touch()
+    assert linear()
+    (tmp_path / index).write_text('{"weight_map": {"up.weight_packed": "pytorch_model.bin"}}')
+    with pytest.raises(FormatError, match=r"names the file 'pytorch_model\.bin'"):
+        linear()
+
+
 def test_without_vllm_the_plugin_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from bitwright.runtime.vllm import register
 

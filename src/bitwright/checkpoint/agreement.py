@@ -22,6 +22,7 @@ from bitwright.checkpoint.shard import TensorInfo
 from bitwright.checkpoint.skeleton import build_skeleton
 from bitwright.errors import CheckpointError
 from bitwright.models.edges import Config
+from bitwright.untrusted.boundary import reading
 
 Shape = tuple[int, ...]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -69,7 +70,14 @@ def agree(
         CheckpointError: a tensor is missing, unknown to a module of the model, of another shape, or not of floats.
         PlanError: transformers cannot build the model of `config`.
     """
-    stored: dict[str, Shape | None] = {**{name: info.shape for name, info in tensors.items()}, **(quantized or {})}
+    with reading(label, CheckpointError, _REMEDY):
+        return _agree(label, config, tensors, quantized or {})
+
+
+def _agree(
+    label: str, config: Config, tensors: Mapping[str, TensorInfo], quantized: Mapping[str, Shape | None]
+) -> Agreement:
+    stored: dict[str, Shape | None] = {**{name: info.shape for name, info in tensors.items()}, **quantized}
     check_bounds(label, config, stored)
     buffers = {name for name, info in tensors.items() if _is_buffer(name, info)}
     if not _is_known(config):

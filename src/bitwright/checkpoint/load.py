@@ -88,8 +88,7 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
         locate_tensors(folder)
         return LoadedModel(_from_folder(folder, dtype), model, folder, quantized=True)
     source = find_source(model)
-    with reading(source.label, CheckpointError):
-        agree(source.label, source.config, source.tensors)
+    agree(source.label, source.config, source.tensors)
     if isinstance(source, HuggingFaceSource):
         folder = source.folder
         return LoadedModel(_from_folder(folder, dtype), model, folder, quantized=False)

@@ -12,6 +12,7 @@ import torch
 from bitwright.checkpoint.quiet import quiet_transformers
 from bitwright.errors import PlanError
 from bitwright.models.edges import Config
+from bitwright.untrusted.boundary import brief
 
 
 def build_skeleton(config: Config) -> Any:
@@ -26,15 +27,14 @@ def build_skeleton(config: Config) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from bitwright.models.discover import BAD_CONFIG
-
     plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
     with quiet_transformers(), torch.device("meta"):
         try:
             full = CONFIG_MAPPING[config["model_type"]].from_dict(plain)
             skeleton = AutoModelForCausalLM.from_config(full, dtype=torch.float32)
-        except BAD_CONFIG as error:
+        except Exception as error:  # a config that makes no sense raises what it likes
             raise PlanError(
-                f"transformers cannot build a {config.get('model_type')} from config.json: {error}; correct the file"
+                f"transformers cannot build a {config.get('model_type')} from config.json: {brief(error)}; correct the "
+                "file"
             ) from error
     return skeleton.eval().requires_grad_(False)

@@ -10,7 +10,12 @@ before transformers looks. Folders from before have the index under its usual na
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from bitwright.errors import FormatError
+from bitwright.untrusted.json_file import read_json
+from bitwright.untrusted.names import shards_of
 
 INDEX = "bitwright.safetensors.index.json"
 """Names the shard of every tensor, as `PLAIN_INDEX` does in any Hugging Face folder."""
@@ -28,3 +33,27 @@ NOTE = (
 def native_config(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
     """The content of `config.json`: that of the source, and how the weights are packed."""
     return {**config, "quantization_config": dict(quantization), WEIGHTS_KEY: NOTE}
+
+
+def check_index(path: Path) -> None:
+    """Refuse an index at `path` that names anything but safetensors files beside it; none at all is left to loaders.
+
+    Raises:
+        FormatError: naming the file.
+    """
+    if path.is_file():
+        weight_map = read_json(path, FormatError).get("weight_map")
+        names = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
+        shards_of(path.parent, names, path, FormatError)
+
+
+def check_for_engine(folder: Path) -> None:
+    """Refuse a native folder from which an engine that reads by itself would take other files than safetensors.
+
+    Raises:
+        FormatError: an index names such a file, or there are no others.
+    """
+    for name in (INDEX, PLAIN_INDEX):
+        check_index(folder / name)
+    if not any(folder.glob("*.safetensors")):
+        raise FormatError(f"{folder}: no safetensors files; the folder is incomplete: quantize the model again")

@@ -26,7 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitwright.errors import FormatError
-from bitwright.formats.folder import INDEX, PLAIN_INDEX, WEIGHTS_KEY
+from bitwright.formats.folder import INDEX, PLAIN_INDEX, WEIGHTS_KEY, check_index
 from bitwright.formats.native import (
     QUANT_METHOD,
     TensorEntry,
@@ -44,7 +44,6 @@ from bitwright.numeric.measure import not_finite
 from bitwright.runtime.attention import KvQuantization, quantize_kv
 from bitwright.runtime.linear import PackedModule, QuantizedEmbedding, QuantizedLinear, TiedLinear
 from bitwright.runtime.saving import refuse_other_savers, save_as_usual, save_packed
-from bitwright.untrusted.json_file import read_json
 from bitwright.untrusted.names import shards_of
 
 if TYPE_CHECKING:
@@ -111,11 +110,8 @@ class BitwrightQuantizer(HfQuantizer):
         """
         if getattr(config, WEIGHTS_KEY, None) is not None:
             setattr(config, WEIGHTS_KEY, INDEX)
-        index = Path(str(getattr(config, "name_or_path", ""))) / (getattr(config, WEIGHTS_KEY, None) or PLAIN_INDEX)
-        if index.is_file():
-            weight_map = read_json(index, FormatError).get("weight_map")
-            names = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
-            shards_of(index.parent, names, index, FormatError)
+        name = getattr(config, WEIGHTS_KEY, None) or PLAIN_INDEX
+        check_index(Path(str(getattr(config, "name_or_path", ""))) / name)
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

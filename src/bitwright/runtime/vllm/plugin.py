@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any, cast, get_args
 from weakref import WeakValueDictionary
 
@@ -18,6 +19,7 @@ from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from bitwright.errors import FormatError
+from bitwright.formats.folder import check_for_engine
 from bitwright.formats.native import QUANT_METHOD
 from bitwright.numeric.fp8 import KvScales
 from bitwright.runtime.linear import QuantizedEmbedding
@@ -39,6 +41,7 @@ class BitwrightConfig(QuantizationConfig):
         super().__init__()
         self.model = model
         self.embeddings = Embeddings()
+        self._checked = False
         # vLLM looks here: its KV cache becomes fp8 unless the user names another type.
         self.kv_cache_scheme = {"num_bits": 8, "type": "float", "strategy": "tensor"} if model.kv_scales else None
 
@@ -85,8 +88,10 @@ class BitwrightConfig(QuantizationConfig):
         """The method for `layer`; None for what vLLM then leaves in float.
 
         Raises:
-            FormatError: a quantized module of a kind that is not served, or a layer split between processes.
+            FormatError: a quantized module of a kind that is not served, a layer split between processes, or a folder
+                whose weights are not safetensors.
         """
+        self._check_folder()
         if isinstance(layer, ParallelLMHead) and prefix in self.model.tied:
             return TiedHeadMethod(self.embeddings, self.model.tied[prefix])
         if isinstance(layer, VocabParallelEmbedding):
@@ -108,6 +113,13 @@ class BitwrightConfig(QuantizationConfig):
         if inside is not None and "expert" in prefix:
             raise FormatError(f"{inside}: vLLM computes {prefix} at once; keep experts in float, or run transformers")
         return None
+
+    def _check_folder(self) -> None:
+        """Once, before vLLM reads any weights."""
+        model = getattr(getattr(get_current_vllm_config(), "model_config", None), "model", None)
+        if not self._checked and isinstance(model, str) and Path(model).is_dir():
+            check_for_engine(Path(model))
+        self._checked = True
 
 
 class KvCacheMethod(BaseKVCacheMethod):
