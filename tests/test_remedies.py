@@ -19,6 +19,8 @@ SMALL = ("--set", "calibration.windows=2", "--set", "calibration.window_tokens=3
 def run(*arguments: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["bitwright", *arguments])
+        # one processor: products of small matrices gain nothing from more, and wait for each other
+        patch.setattr("os.sched_getaffinity", lambda process: {0})
         with pytest.raises(SystemExit) as stopped:
             main()
     return int(stopped.value.code or 0)

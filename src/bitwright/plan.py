@@ -192,6 +192,8 @@ class _Planner:
         self.block_linears = [
             adapter.block_prefix(block) + name for block in range(self.blocks) for name in adapter.linears
         ]
+        found = [source.tensors[f"{m}.weight"].shape for m in self.block_linears if f"{m}.weight" in source.tensors]
+        self.narrowest = min((shape[-1] for shape in found if shape), default=1)
         self.online_hadamards = [name for asked in _rotations(recipe) for name in online_hadamards(adapter, asked)]
         self.tied = adapter.tied_head
         self.candidates = {*self.block_linears, adapter.embedding} | (set() if self.tied else {adapter.head})
@@ -323,7 +325,7 @@ class _Planner:
         if len(info.shape) != 2 or 0 in info.shape:
             self.refusals.add(f"shape {list(info.shape)}, needed a matrix [out, in]", name)
         elif spec.group_size is not None and spec.group_size > info.shape[1]:
-            fitting = scheme.model_copy(update={"group_size": info.shape[1]})
+            fitting = scheme.model_copy(update={"group_size": self.narrowest})
             self.refusals.add(
                 f"groups of {spec.group_size} are wider than the {info.shape[1]} inputs; use --scheme {fitting}", name
             )

@@ -80,7 +80,7 @@ def show_expectation(plan: Plan, needs: Estimate, stderr: bool = False) -> None:
         return
     from bitwright.rounding import columns
 
-    on.print(f"Calibrated: equal to the last byte wherever {needs.numeric_class} add up.", highlight=False)
+    say(f"Calibrated: equal to the last byte wherever {needs.numeric_class} add up.", on=on)
     if columns.backend() == "reference":
         reason = f"Error feedback runs in the slow PyTorch reference: {columns.backend_reason()}."
         say(Styled(reason, "yellow"), on=on)
