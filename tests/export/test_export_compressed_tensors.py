@@ -219,15 +219,6 @@ def test_existing_output_is_left_alone(native_folder: NativeFolders, tmp_path: P
     assert list((tmp_path / "ct").iterdir()) == []
 
 
-def test_what_a_killed_export_left_is_replaced(native_folder: NativeFolders, tmp_path: Path) -> None:
-    folder, stale = native_folder(), tmp_path / "ct.exporting"
-    stale.mkdir()
-    (stale / "model-00009-of-00009.safetensors").write_bytes(b"half")
-    export_compressed_tensors(folder, tmp_path / "ct")
-    assert not stale.exists()
-    assert len(list((tmp_path / "ct").glob("*.safetensors"))) == 2
-
-
 def test_damage_in_the_source_leaves_nothing(native_folder: NativeFolders, tmp_path: Path) -> None:
     folder = native_folder()
     shard = folder / "model-00002-of-00002.safetensors"

@@ -208,7 +208,7 @@ def test_an_existing_destination_is_left_alone(tmp_path: Path, llama: Path) -> N
     out = tmp_path / "native"
     out.mkdir()
     (out / "mine").write_text("mine")
-    with pytest.raises(ResumeError, match=r"native: exists; choose another folder or remove it"):
+    with pytest.raises(ResumeError, match=r"native: exists; choose another name or remove it"):
         import_gguf(llama, out)
     assert [path.name for path in tmp_path.rglob("*")] == ["native", "mine"]
 
