@@ -156,10 +156,10 @@ def test_the_model_can_be_its_own_text(tiny_llama_folder: Path, tmp_path: Path) 
         (("outliers.threshold=0.1",), "keep a share"),
         (("rounding.groups=updated", "rounding.order=activation"), "scatters groups"),
         (("inputs.stream=float", "inputs.correction=0"), "sequential"),
-        (("rounding.name=nearest",), "need rounding 'gptq'"),
-        (("rounding.refit=true",), "scales of one level"),
+        (("rounding.name=nearest",), "--set rounding.name=gptq"),
+        (("rounding.refit=true",), "--set rounding.refit=false"),
         (("inputs.stream=float", "inputs.sequential=false", "inputs.correction=0.5"), "nothing to correct"),
-        (("outliers.threshold=0.1", "outliers.scope=model"), "leave out threshold"),
+        (("outliers.threshold=0.1", "outliers.scope=model"), "--set outliers.threshold=none"),
     ],
 )
 def test_impossible_recipes_are_refused(
