@@ -264,7 +264,7 @@ def test_discovered_architectures_are_refused():
 def test_values_need_their_edge():
     adapter = adapter_for(CONFIG)
     without = replace(adapter, edges=tuple(e for e in adapter.edges if not isinstance(e, LinearEdge)))
-    with pytest.raises(PlanError, match="use --set rotate.values=false"):
+    with pytest.raises(PlanError, match=r"use --set rotate\.values=false"):
         rotated(llama(), without, Rotate(), 0)
 
 
